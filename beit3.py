@@ -1,0 +1,228 @@
+"""The BEiT-3 multiway encoder: one transformer, two sets of weights (arXiv 2208.10442; SimVG Sec. 3.1, Eq. 1).
+
+    images (B, 3, S, S) float, tokens (B, L) int64, text_pad (B, L) bool, True = padding
+      -> object token (B, D), image tokens (B, N, D), text tokens (B, L, D)      N = (S / patch)^2
+
+Every layer holds an image expert (object token and patches) and a text expert (words). The two meet only in
+the attention, where every token sees every token. The residual streams of image and text therefore stay two
+tensors, and no split position has to be passed around.
+
+Differences from torchscale's code: two streams instead of one cut in 8 places, scaled_dot_product_attention,
+the unused mask token and the two unused rows of each position table are left out.
+"""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TEXT_POSITIONS = 1022  # rows of the text position table in every released BEiT-3
+
+
+class Expert(nn.Module):
+    """All the weights that one modality owns in one layer; D = width, every shape (B, n, D) -> (B, n, D)."""
+
+    def __init__(self, width: int, ffn: int):
+        super().__init__()
+        self.attn_norm = nn.LayerNorm(width)
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.inner_norm = nn.LayerNorm(width)  # sub-LN: a second norm inside each half of the layer
+        self.out = nn.Linear(width, width)
+        self.ffn_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, ffn)
+        self.hidden_norm = nn.LayerNorm(ffn)
+        self.fc2 = nn.Linear(ffn, width)
+
+    def attention_output(self, attended: Tensor) -> Tensor:
+        return self.out(self.inner_norm(attended))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.hidden_norm(F.gelu(self.fc1(self.ffn_norm(x)))))
+
+
+class MultiwayLayer(nn.Module):
+    """Joint attention over image and text, then each modality's own feed-forward network."""
+
+    def __init__(self, width: int, heads: int, ffn: int, drop_path: float):
+        super().__init__()
+        self.image, self.text = Expert(width, ffn), Expert(width, ffn)
+        self.heads, self.drop_path = heads, drop_path
+
+    def forward(
+        self, image: Tensor, text: Tensor, readable: Tensor, object_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """image (B, 1+N, D), text (B, L, D), readable (B, 1, 1, 1+N+L) bool -> the updated image and text.
+
+        With `object_only` the patches are still read, but only the object token's row is updated: (B, 1, D).
+        """
+        h_image, h_text = self.image.attn_norm(image), self.text.attn_norm(text)
+        k = self._join(self.image.k(h_image), self.text.k(h_text))  # (B, H, 1+N+L, D/H)
+        v = self._join(self.image.v(h_image), self.text.v(h_text))
+        if object_only:
+            image, h_image = image[:, :1], h_image[:, :1]  # (B, 1, D)
+        q = self._join(self.image.q(h_image), self.text.q(h_text))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=readable)
+        attended = attended.transpose(1, 2).flatten(2)  # (B, 1+N+L, D)
+        a_image, a_text = attended.split([image.shape[1], text.shape[1]], dim=1)
+
+        keep = self._keep(image)
+        image = image + keep * self.image.attention_output(a_image)
+        text = text + keep * self.text.attention_output(a_text)
+        keep = self._keep(image)
+        return image + keep * self.image.feed_forward(image), text + keep * self.text.feed_forward(text)
+
+    def _join(self, image: Tensor, text: Tensor) -> Tensor:
+        joined = torch.cat([image, text], dim=1)  # (B, 1+N+L, D)
+        return joined.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, 1+N+L, D/H)
+
+    def _keep(self, x: Tensor) -> Tensor | float:
+        """Drop path: 0 for the samples whose residual branch is skipped, else 1 / probability to keep it."""
+        if not self.training or self.drop_path == 0:
+            return 1.0
+        keep = 1 - self.drop_path
+        return torch.bernoulli(torch.full((len(x), 1, 1), keep, device=x.device)) / keep  # (B, 1, 1)
+
+
+class BEiT3(nn.Module):
+    def __init__(
+        self, image_size: int, patch: int, vocab: int, width: int, layers: int, heads: int, ffn: int, drop_path: float
+    ):
+        super().__init__()
+        self.grid = image_size // patch
+        self.patch_embed = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
+        self.text_embed = nn.Embedding(vocab, width)
+        self.object_token = nn.Parameter(torch.zeros(1, 1, width))  # BEiT-3's [CLS]
+        self.image_positions = nn.Parameter(torch.empty(1 + self.grid**2, width))
+        self.text_positions = nn.Parameter(torch.empty(TEXT_POSITIONS, width))
+        # the drop path grows from 0 in the first layer to its full rate in the last
+        rates = [drop_path * i / max(layers - 1, 1) for i in range(layers)]
+        self.layers = nn.ModuleList(MultiwayLayer(width, heads, ffn, rate) for rate in rates)
+        self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights to train from scratch with (D7): without them a small model stays at the mean box for long."""
+        for name, layer in self.layers.named_modules():
+            if isinstance(layer, nn.Linear):
+                # what is written to the residual stream starts small, so that the first steps see the input
+                nn.init.xavier_uniform_(layer.weight, gain=0.2 if name.endswith(("out", "fc2")) else 1.0)
+                nn.init.zeros_(layer.bias)
+        width = self.text_embed.embedding_dim
+        nn.init.normal_(self.text_embed.weight, std=1.0)
+        with torch.no_grad():
+            self.image_positions[0].zero_()
+            self.image_positions[1:] = sine_2d(self.grid, width)
+            self.text_positions.copy_(sine_1d(TEXT_POSITIONS, width))
+
+    def forward(
+        self, images: Tensor, tokens: Tensor, text_pad: Tensor, object_only: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the head of this file. With `object_only` the image tokens come back empty, (B, 0, D)."""
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
+        image = torch.cat([self.object_token.expand(len(images), -1, -1), patches], dim=1) + self.image_positions
+        text = self.text_embed(tokens) + self.text_positions[: tokens.shape[1]]  # (B, L, D)
+        text = text.masked_fill(text_pad[..., None], 0)
+        readable = F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, 1+N+L)
+        for layer in self.layers[:-1]:
+            image, text = layer(image, text, readable)
+        image, text = self.layers[-1](image, text, readable, object_only)
+        image, text = self.image_norm(image), self.text_norm(text)
+        return image[:, 0], image[:, 1:], text
+
+
+def sine_1d(length: int, width: int, one_frequency: bool = False) -> Tensor:
+    """1-D absolute sine positions (length, width): sin on even, cos on odd columns, temperature 10000.
+
+    `one_frequency` (D4) is what the official code computes: all frequencies but the first are cut to zero.
+    """
+    frequency = 10000 ** (-torch.arange(0, width, 2) / width)  # (width/2,)
+    if one_frequency:
+        frequency = frequency.long().float()
+    angle = torch.arange(length)[:, None] * frequency  # (length, width/2)
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
+
+
+def sine_2d(grid: int, width: int) -> Tensor:
+    """2-D absolute sine positions (grid*grid, width) of DETR: first half y, second half x, each over (0, 2 pi]."""
+    half = width // 2
+    frequency = 10000 ** (-torch.arange(0, half, 2) / half)  # (width/4,)
+    place = torch.arange(1, grid + 1) / (grid + 1e-6) * 2 * math.pi  # (grid,)
+    angle = place[:, None] * frequency  # (grid, width/4)
+    axis = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)  # (grid, width/2)
+    y, x = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
+    return torch.cat([y, x], dim=2).flatten(0, 1)
+
+
+# ---------------------------------------------------------------------------------- BEiT-3 checkpoint files
+
+_LAYER_NAMES = {
+    "self_attn_layer_norm": "attn_norm",
+    "self_attn.q_proj": "q",
+    "self_attn.k_proj": "k",
+    "self_attn.v_proj": "v",
+    "self_attn.inner_attn_ln": "inner_norm",
+    "self_attn.out_proj": "out",
+    "final_layer_norm": "ffn_norm",  # in spite of its name the norm *before* the feed-forward network
+    "ffn.fc1": "fc1",
+    "ffn.ffn_layernorm": "hidden_norm",
+    "ffn.fc2": "fc2",
+}
+_EXPERTS = {"A": "image", "B": "text"}
+_OUTER_NAMES = {
+    "text_embed.weight": "text_embed.weight",
+    "vision_embed.cls_token": "object_token",
+    "vision_embed.proj.weight": "patch_embed.weight",
+    "vision_embed.proj.bias": "patch_embed.bias",
+    "encoder.embed_positions.A.weight": "image_positions",
+    "encoder.embed_positions.B.weight": "text_positions",
+    "encoder.layer_norm.A.weight": "image_norm.weight",
+    "encoder.layer_norm.A.bias": "image_norm.bias",
+    "encoder.layer_norm.B.weight": "text_norm.weight",
+    "encoder.layer_norm.B.bias": "text_norm.bias",
+}
+UNUSED = "vision_embed.mask_token"  # the only tensor of a BEiT-3 encoder that grounding never reads
+
+
+def convert(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of BEiT-3 (names without the `beit3.` prefix) under this file's names; KeyError on an unknown name."""
+    ours = {}
+    for name, value in official.items():
+        if name == UNUSED:
+            continue
+        if name.startswith("encoder.layers."):
+            index, rest = name.removeprefix("encoder.layers.").split(".", 1)
+            expert = re.search(r"\.([AB])(?=\.)", rest)
+            part, leaf = re.sub(r"\.[AB](?=\.)", "", rest).rsplit(".", 1)
+            ours[f"layers.{index}.{_EXPERTS[expert[1]]}.{_LAYER_NAMES[part]}.{leaf}"] = value
+        elif "embed_positions" in name:
+            ours[_OUTER_NAMES[name]] = value[2:]  # fairseq starts to count at 2: the first two rows are never read
+        else:
+            ours[_OUTER_NAMES[name]] = value
+    return ours
+
+
+def resize_positions(table: Tensor, grid: int, extra: int) -> Tensor:
+    """(extra + g*g, D) -> (extra + grid*grid, D): the first `extra` rows are kept, the rest is a picture g x g."""
+    old = math.isqrt(len(table) - extra)
+    if old == grid:
+        return table
+    picture = table[extra:].float().T.reshape(1, -1, old, old)  # (1, D, g, g)
+    picture = F.interpolate(picture, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([table[:extra].float(), picture.flatten(2)[0].T])
+
+
+def resize_pretrained(state_dict: dict[str, Tensor], grid: int, patch: int) -> dict[str, Tensor]:
+    """A BEiT-3 checkpoint's tensors (its names, any prefix) fitted to grid x grid patches of patch x patch pixels.
+
+    Bicubic without antialias, in float32. The patch kernel is not rescaled, so going from 16 to 32 pixels makes
+    patch embeddings about 4 times larger, as in the official code.
+    """
+    fitted = dict(state_dict)
+    for name, value in state_dict.items():
+        if name.endswith("encoder.embed_positions.A.weight"):
+            fitted[name] = resize_positions(value, grid, extra=3)
+        elif name.endswith("vision_embed.proj.weight") and value.shape[-1] != patch:
+            fitted[name] = F.interpolate(value.float(), size=(patch, patch), mode="bicubic", align_corners=False)
+    return fitted

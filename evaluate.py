@@ -1,0 +1,422 @@
+"""Metrics, evaluation on any number of ranks, grounding one phrase in one image, and pictures.
+
+    python evaluate.py --ckpt runs/shapes/best.pt                             # every split of the checkpoint's config
+    python evaluate.py --ckpt best.pt --image photo.jpg --text "the left dog" # box and score, and a picture
+
+REC (one query): Acc@0.5, the share of expressions whose box has an IoU of at least 0.5 with the truth.
+gREC (several queries): Precision@(F1=1, IoU>=0.5) over all expressions, and N-acc over those without a target.
+Everything is counted per expression and divided once, so that batches and ranks change nothing.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.ops import box_convert, clip_boxes_to_image, generalized_box_iou
+from torchvision.utils import draw_bounding_boxes
+from tqdm import tqdm
+
+import data
+import model as models
+from data import InputError
+
+THRESHOLD = 0.7  # a gREC query is an answer from this score on
+BRANCHES = ("decoder", "token")
+COLORS = {"truth": "white", "decoder": "orange", "token": "deepskyblue"}
+
+
+# ----------------------------------------------------------------------------------------------------- metrics
+
+
+def rec_correct(boxes_xyxy: Tensor, truth_xyxy: Tensor) -> Tensor:
+    """boxes (N, 4) and truth (N, 4) in pixels, pair by pair -> (N,) bool: IoU of at least 0.5."""
+    a, b = boxes_xyxy.double(), truth_xyxy.double()
+    overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
+    union = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - overlap
+    return overlap / union.clamp(min=1e-6) >= 0.5
+
+
+def grec_correct(scores: Tensor, boxes_xyxy: Tensor, truth_xyxy: Tensor, threshold: float = THRESHOLD) -> bool:
+    """F1 = 1 of one expression: scores (Q,), boxes (Q, 4), truth (n, 4) -> are exactly the true boxes answered?
+
+    Answers pair greedily with the truth, best first, from a *generalised* IoU of 0.5 on, as gRefCOCO's evaluator does.
+    """
+    answers = boxes_xyxy[scores >= threshold]
+    if len(answers) != len(truth_xyxy):
+        return False
+    giou = generalized_box_iou(answers, truth_xyxy.to(answers))  # (n, n)
+    for _ in range(len(truth_xyxy)):
+        row, column = divmod(int(giou.argmax()), len(truth_xyxy))
+        if giou[row, column] < 0.5:
+            return False
+        giou[row], giou[:, column] = -1, -1
+    return True
+
+
+class Result(NamedTuple):
+    """What one branch answered to one expression."""
+
+    correct: bool
+    scores: Tensor  # (n,) of the boxes answered: in REC the best one, in gREC those from the threshold on
+    boxes: Tensor  # (n, 4) xyxy in 0..1
+
+
+def results(logits: Tensor, boxes: Tensor, truth: Tensor, truth_mask: Tensor, size: int) -> list[Result]:
+    """logits (B, Q, 2), boxes (B, Q, 4), truth (B, M, 4), truth_mask (B, M) -> B results, compared at `size` pixels."""
+    scores = logits.float().softmax(-1)[..., 0]  # (B, Q)
+    answers, truth = (box_convert(x.float(), "cxcywh", "xyxy") for x in (boxes, truth))
+    answers = answers.clamp(0, 1)
+    if boxes.shape[1] == 1:
+        # REC has one target; the mixed sets may state several, then the first counts
+        correct = rec_correct(answers[:, 0] * size, truth[:, 0] * size) & truth_mask[:, 0]
+        return [Result(bool(c), s, b) for c, s, b in zip(correct, scores.cpu(), answers.cpu(), strict=True)]
+    found = []
+    for s, b, t, mask in zip(scores.cpu(), answers.cpu(), truth.cpu(), truth_mask.cpu(), strict=True):
+        solid = (b[:, 2:] > b[:, :2]).all(1)  # boxes clipped away count as not answered
+        s, b = s[solid], b[solid]
+        correct = grec_correct(s, b * size, t[mask] * size)
+        found.append(Result(correct, s[s >= THRESHOLD], b[s >= THRESHOLD]))
+    return found
+
+
+# -------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def evaluate(
+    model: models.SimVG,
+    dataset: data.Dataset,
+    collate: data.Collate,
+    branch: str = "both",
+    batch_size: int = 64,
+    workers: int = 0,
+    amp: torch.dtype | None = None,
+    title: str = "",
+) -> list[dict[str, Result]]:
+    """The results of every example, in order, {branch: Result}: on all ranks together, the same list on each."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device, training = model.mean.device, model.training
+    model.eval()
+    mine = range(rank, len(dataset), world)
+    keys = [[(0, i) for i in mine[s : s + batch_size]] for s in range(0, len(mine), batch_size)]
+    found: dict[int, dict[str, Result]] = {}
+    loader = data.batches(dataset, collate, keys, workers, pin=device.type == "cuda")
+    for batch in tqdm(loader, desc=title, total=len(keys), disable=None if title and rank == 0 else True, leave=False):
+        batch = batch.to(device)
+        output = model(batch.images, batch.tokens, batch.text_pad, branch, amp)
+        answers = {}
+        if branch != "token":
+            answers["decoder"] = output.decoder_logits[-1], output.decoder_boxes[-1]
+        if branch != "decoder":
+            answers["token"] = output.token_logits, output.token_boxes
+        each = {name: results(*x, batch.boxes, batch.box_mask, dataset.image_size) for name, x in answers.items()}
+        for place, index in enumerate(batch.index):
+            found[index] = {name: listed[place] for name, listed in each.items()}
+    if world > 1:
+        parts: list = [None] * world
+        dist.all_gather_object(parts, found)
+        found = {index: result for part in parts for index, result in part.items()}
+    model.train(training)
+    assert len(found) == len(dataset), "an expression was counted twice or never"
+    return [found[index] for index in range(len(dataset))]
+
+
+def summary(found: Sequence[dict[str, Result]], rows: Sequence[data.Row], grec: bool) -> dict[str, float]:
+    """The figures of a split: n, {branch}_acc, or n, n_none, {branch}_f1, {branch}_nacc for gREC."""
+    none = [not row.choices[0][1] for row in rows]
+    figures: dict[str, float] = {"n": len(rows)}
+    if grec:
+        figures["n_none"] = sum(none)
+    for branch in found[0]:
+        correct = [result[branch].correct for result in found]
+        figures[f"{branch}_{'f1' if grec else 'acc'}"] = sum(correct) / len(rows)
+        if grec and any(none):
+            figures[f"{branch}_nacc"] = sum(c for c, n in zip(correct, none, strict=True) if n) / sum(none)
+    return figures
+
+
+def by_kind(found: Sequence[dict[str, Result]], rows: Sequence[data.Row]) -> dict[str, dict[str, float]]:
+    """kind -> {"n", branch: share of correct answers}, for rows that state a `kind`."""
+    kinds: dict[str, list] = {}
+    for result, row in zip(found, rows, strict=True):
+        count = ("no target", "one target")[len(row.choices[0][1])] if len(row.choices[0][1]) < 2 else "several targets"
+        for kind in filter(None, (row.kind, count)):
+            kinds.setdefault(kind, []).append(result)
+    if len(kinds) < 2:
+        return {}
+    return {
+        kind: {"n": len(group)} | {branch: sum(r[branch].correct for r in group) / len(group) for branch in group[0]}
+        for kind, group in sorted(kinds.items())
+        if len(group) < len(rows)
+    }
+
+
+def mean_box_accuracy(train: Sequence[data.Row], rows: Sequence[data.Row]) -> float | None:
+    """Acc@0.5 of always answering the mean box of the training rows: what a model that ignores its input gets."""
+
+    def boxes(some: Sequence[data.Row]) -> Tensor:  # (n, 4) cxcywh in 0..1
+        scaled = [
+            [v / s for v, s in zip(box, row.size * 2, strict=True)] for row in some for box in row.choices[0][1][:1]
+        ]
+        return box_convert(torch.tensor(scaled).reshape(-1, 4), "xywh", "cxcywh")
+
+    if any(row.size is None for row in (*train, *rows)):
+        return None
+    mean, truth = (box_convert(x, "cxcywh", "xyxy") for x in (boxes(train).mean(0, keepdim=True), boxes(rows)))
+    return rec_correct(mean.expand_as(truth) * 1000, truth * 1000).sum().item() / len(rows)
+
+
+# --------------------------------------------------------------------------------------------------- one image
+
+
+@torch.inference_mode()
+def ground(
+    model: models.SimVG,
+    image: str | Path | Tensor,
+    text: str,
+    tokenizer: data.Tokenizer,
+    branch: str = "token",
+    threshold: float = THRESHOLD,
+    max_tokens: int = 20,
+) -> tuple[Tensor, Tensor]:
+    """One phrase in one image (a path, or (3, H, W) uint8 RGB) -> boxes xyxy in pixels (n, 4), scores (n,).
+
+    A REC model answers one box; a gREC model every box from the threshold on, best first, maybe none.
+    """
+    picture = image if isinstance(image, Tensor) else data.read_image(str(image))
+    if not data.clean(text).strip():
+        raise InputError("--text: expected a phrase of at least one word")
+    height, width = picture.shape[1:]
+    device = model.mean.device
+    tokens, text_pad = (x.to(device) for x in tokenizer([text], max_tokens))
+    resized = data.resize(picture, model.image_size, model.image_size)
+    output = model(resized[None].to(device), tokens, text_pad, branch)
+    logits, boxes = (
+        (output.token_logits[0], output.token_boxes[0])
+        if branch == "token"
+        else (output.decoder_logits[-1, 0], output.decoder_boxes[-1, 0])
+    )
+    scores = logits.softmax(-1)[:, 0].cpu()  # (Q,)
+    boxes = box_convert(boxes.cpu(), "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
+    boxes = clip_boxes_to_image(boxes, (height, width))
+    kept = scores.argsort(descending=True)
+    if len(scores) > 1:
+        kept = kept[(scores[kept] >= threshold) & (boxes[kept, 2:] > boxes[kept, :2]).all(1)]
+    return boxes[kept], scores[kept]
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+
+def draw(image: Tensor, boxes: dict[str, Tensor], caption: str, height: int = 240) -> Image.Image:
+    """image (3, H, W) uint8 and {"truth" | "decoder" | "token": (n, 4) xyxy in 0..1} -> a captioned picture."""
+    width = max(1, round(height * image.shape[2] / image.shape[1]))
+    canvas = data.resize(image, height, width)
+    for name, each in boxes.items():
+        if len(each):
+            scaled = each * torch.tensor([width, height, width, height])
+            canvas = draw_bounding_boxes(canvas, scaled, colors=COLORS[name], width=2)
+    page = Image.new("RGB", (max(width, 240), height + 32), "black")
+    page.paste(Image.fromarray(np.asarray(canvas.permute(1, 2, 0))), (0, 0))
+    pen = ImageDraw.Draw(page)
+    pen.text((3, height + 2), caption[:44], fill="white")
+    x = 3
+    for name in boxes:
+        pen.text((x, height + 17), name, fill=COLORS[name])
+        x += 8 * len(name)
+    return page
+
+
+def draw_page(
+    rows: Sequence[data.Row], found: Sequence[dict[str, Result]] | None, path: Path, columns: int = 4
+) -> None:
+    """A page of examples: the true boxes and, where there are results, each branch's."""
+    tiles = []
+    for i, row in enumerate(rows):
+        image = data.read_image(row.image, row.size, row.where)
+        height, width = image.shape[1:]
+        expression, boxes = row.choices[0]
+        truth = data.clip_boxes(boxes, width, height) / torch.tensor([width, height, width, height])
+        shown = {"truth": truth} | ({name: result.boxes for name, result in found[i].items()} if found else {})
+        tiles.append(draw(image, shown, expression))
+    width, height = max(t.width for t in tiles) + 4, max(t.height for t in tiles) + 4
+    page = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "black")
+    for i, tile in enumerate(tiles):
+        page.paste(tile, (i % columns * width, i // columns * height))
+    page.save(path)
+
+
+def draw_curves(records: Sequence[dict], path: Path) -> None:
+    """curves.png from the rows of metrics.jsonl: training loss terms above, validation figures below, over steps."""
+    train = [r for r in records if r["split"] == "train"]
+    other = [r for r in records if r["split"] == "val" or r.get("select")]
+    panels = [
+        (
+            train,
+            [
+                k
+                for k in ("decoder", "token_on_truth", "token_on_teacher", "teacher_weight")
+                if train and k in train[-1]
+            ],
+        ),
+        (other, [k for k in (other[-1] if other else {}) if k.endswith(("_acc", "_f1", "_nacc"))]),
+    ]
+    page = Image.new("RGB", (720, 520), "white")
+    pen = ImageDraw.Draw(page)
+    inks = ("black", "royalblue", "darkorange", "seagreen")
+    for top, (rows, names) in zip((10, 270), panels, strict=True):
+        pen.rectangle((50, top, 700, top + 220), outline="grey")
+        if not rows or not names:
+            continue
+        last = max(r["step"] for r in rows) or 1
+        high = max(max(r.get(k, 0) for r in rows) for k in names) or 1
+        pen.text((5, top), f"{high:.3g}", fill="black")
+        pen.text((5, top + 210), "0", fill="black")
+        pen.text((600, top + 222), f"step {last}", fill="black")
+        for i, (name, ink) in enumerate(zip(names, inks, strict=False)):
+            points = [(50 + 650 * r["step"] / last, top + 220 - 220 * r[name] / high) for r in rows if name in r]
+            if len(points) > 1:
+                pen.line(points, fill=ink, width=2)
+            pen.text((70 + 160 * i, top + 222), name, fill=ink)
+    page.save(path)
+
+
+# -------------------------------------------------------------------------------------------------- the program
+
+
+def print_table(
+    split: str, figures: dict[str, float], kinds: dict[str, dict[str, float]], baseline: float | None = None
+) -> None:
+    """One split as a small table, in percent."""
+    grec = any(name.endswith("_f1") for name in figures)
+    shown = [b for b in BRANCHES if any(name.startswith(b) for name in figures)]
+    metric = "F1=1" if grec else "Acc@0.5"
+    print(f"{split:<18} {'n':>7}" + "".join(f"{b + ' ' + metric:>18}" for b in shown))
+    print(
+        f"{'all':<18} {figures['n']:>7}"
+        + "".join(f"{100 * figures[b + ('_f1' if grec else '_acc')]:>18.2f}" for b in shown)
+    )
+    for kind, row in kinds.items():
+        name = f"{kind} (N-acc)" if kind == "no target" else kind
+        print(f"{name:<18} {row['n']:>7}" + "".join(f"{100 * row[b]:>18.2f}" for b in shown))
+    if baseline is not None:
+        print(f"{'mean box':<18} {figures['n']:>7}" + f"{100 * baseline:>18.2f}" * len(shown))
+
+
+def trained_branch(settings: dict) -> str:
+    """The branches that the loss factors ask for."""
+    token = settings["loss_token_on_truth"] is not None or settings["loss_token_on_teacher"] is not None
+    decoder = settings["loss_decoder"] is not None or settings["loss_token_on_teacher"] is not None
+    if not token and not decoder:
+        raise InputError("train: every loss factor is null, there is nothing to learn")
+    return "both" if token and decoder else "token" if token else "decoder"
+
+
+def load_split(config: dict, split: str) -> data.Dataset:
+    return data.Dataset(data.expand(data.read_rows(config["data"], split)), config["model"]["image_size"])
+
+
+def load_collate(config: dict) -> data.Collate:
+    tokenizer = data.Tokenizer(config["data"]["tokenizer"])
+    if tokenizer.vocab_size > config["model"]["vocab_size"]:
+        raise InputError(
+            f"{config['data']['tokenizer']}: has {tokenizer.vocab_size} ids, model.vocab_size is "
+            f"{config['model']['vocab_size']}: not the tokenizer of this model"
+        )
+    return data.Collate(tokenizer, config["data"]["max_tokens"])
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+    model, config = models.load_with_config(args.ckpt, device)
+    if args.config:
+        config = data.load_config(args.config)
+        config["model"] |= {"image_size": model.image_size, "queries": model.tqg.query_embed.num_embeddings}
+    if config is None:
+        raise InputError(
+            f"{args.ckpt}: an official checkpoint holds no config, name one: --config configs.json:refcoco"
+        )
+    data.override_config(config, args.set)
+    if args.image is None:
+        evaluate_splits(args, model, config)
+    else:
+        ground_one(args, model, config)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict) -> None:
+    """Print one table a split, and the same figures as a line of JSON."""
+    branch = chosen_branch(args, config)
+    collate = load_collate(config)
+    for split in args.split or config["data"]["eval_splits"]:
+        dataset = load_split(config, split)
+        found = evaluate(model, dataset, collate, branch, workers=config["data"]["workers"], title=split)
+        figures = summary(found, dataset.rows, config["model"]["queries"] > 1)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print_table(split, figures, by_kind(found, dataset.rows))
+            print(json.dumps({"split": split, **figures}))
+
+
+def ground_one(args: argparse.Namespace, model: models.SimVG, config: dict) -> None:
+    """Print every box with its score, and save a picture."""
+    tokenizer = data.Tokenizer(config["data"]["tokenizer"])
+    image = data.read_image(args.image)
+    scale = torch.tensor([image.shape[2], image.shape[1]] * 2)
+    answers = {}
+    for branch in BRANCHES if chosen_branch(args, config) == "both" else [chosen_branch(args, config)]:
+        boxes, scores = ground(model, image, args.text, tokenizer, branch, max_tokens=config["data"]["max_tokens"])
+        answers[branch] = boxes / scale
+        if not len(boxes):
+            print(f"{branch}: nothing in the image fits {args.text!r}")
+        for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
+            print(f"{branch}: box {' '.join(f'{v:.1f}' for v in box)} (x1 y1 x2 y2, pixels), score {score:.3f}")
+    path = args.save or str(Path(args.image).with_suffix("")) + "_grounded.png"
+    draw(image, answers, args.text, height=max(240, min(800, image.shape[1]))).save(path)
+    print(f"picture: {path}")
+
+
+def chosen_branch(args: argparse.Namespace, config: dict) -> str:
+    trained = trained_branch(config["train"])
+    if not args.branch:
+        return trained
+    for branch in args.branch:
+        if trained not in ("both", branch):
+            raise InputError(f"--branch {branch}: this checkpoint's {branch} branch was never trained")
+    return args.branch[0] if len(set(args.branch)) == 1 else "both"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Evaluate a checkpoint, or ground one phrase in one image.")
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint of train.py, or an official .pth")
+    parser.add_argument("--config", metavar="FILE:NAME", help="the config of an official .pth, which holds none")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as data.images=DIR"
+    )
+    parser.add_argument("--split", nargs="+", metavar="NAME", help="splits to evaluate (default: all of the config)")
+    parser.add_argument("--branch", nargs="+", choices=BRANCHES, help="default: every branch that was trained")
+    parser.add_argument("--image", metavar="FILE", help="ground one phrase in this image")
+    parser.add_argument("--text", help="the phrase")
+    parser.add_argument("--save", metavar="FILE", help="where the picture goes (default: IMAGE_grounded.png)")
+    args = parser.parse_args()
+    if (args.image is None) != (args.text is None):
+        parser.error("--image and --text go together")
+    return args
+
+
+if __name__ == "__main__":
+    data.run(main)

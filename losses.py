@@ -1,0 +1,204 @@
+"""Matching, set loss and dynamic weight-balance distillation (SimVG Sec. 3.4, Eq. 4 to 7).
+
+Predictions are logits (..., Q, 2) and boxes (..., Q, 4), targets are padded: boxes (B, M, 4) with box_mask (B, M),
+True = a real box. An example without a target is a row that is all False. Boxes are cxcywh in 0..1.
+
+Sums are divided by counts of the *global* batch (all ranks, all micro-batches), so that neither changes a run (D6).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from model import Output
+
+CLASS, L1, GIOU = 1.0, 5.0, 2.0  # lambda 1, 2, 3 of Eq. 4, in the loss and in the matching
+NO_OBJECT = 0.1  # weight of the class "no object" in the cross entropy
+EPS = 1e-6  # the official IoU adds it to each denominator, which is felt by boxes of 3 % of the image and less
+
+
+def iou_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU of cxcywh boxes a (..., 4) and b (..., 4), pair by pair, leading sizes broadcast."""
+    a, b = box_convert(a, "cxcywh", "xyxy"), box_convert(b, "cxcywh", "xyxy")
+    area_a = (a[..., 2:] - a[..., :2]).prod(-1)
+    area_b = (b[..., 2:] - b[..., :2]).prod(-1)
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    union = area_a + area_b - overlap
+    iou = overlap / (union + EPS)
+    return iou, iou - (hull - union) / (hull + EPS)
+
+
+# --------------------------------------------------------------------------------------------------- matching
+
+
+def assign(cost: Tensor | Sequence[Sequence[float]]) -> tuple[list[int], list[int]]:
+    """Exact minimum-cost assignment: cost (N, M) -> min(N, M) pairs as (rows, cols), rows ascending.
+
+    Shortest augmenting paths with potentials (Jonker and Volgenant), O(min(N, M)^2 max(N, M)).
+    ValueError if a cost is not finite.
+    """
+    rows = cost.tolist() if isinstance(cost, Tensor) else [list(row) for row in cost]
+    if not all(math.isfinite(value) for row in rows for value in row):
+        raise ValueError("a matching cost is not finite: some predicted or target box is NaN or infinite")
+    if not rows or not rows[0]:
+        return [], []
+    if len(rows) > len(rows[0]):  # the search wants the short side as its rows
+        cols, rows = assign([list(column) for column in zip(*rows, strict=True)])
+        pairs = sorted(zip(rows, cols, strict=True))
+    else:
+        pairs = sorted(enumerate(_assign_rows(rows)))
+    return [r for r, _ in pairs], [c for _, c in pairs]
+
+
+def _assign_rows(cost: list[list[float]]) -> list[int]:
+    """The column of each row, for at most as many rows as columns."""
+    n, m = len(cost), len(cost[0])
+    row_potential, col_potential = [0.0] * n, [0.0] * m
+    owner = [-1] * m  # the row that holds a column
+    for start in range(n):
+        distance, reached_from, done = [math.inf] * m, [-1] * m, [False] * m
+        row, col, base = start, -1, 0.0
+        while row >= 0:  # grow the tree of shortest paths until it reaches a free column
+            nearest = -1
+            for j in range(m):
+                if done[j]:
+                    continue
+                reach = base + cost[row][j] - row_potential[row] - col_potential[j]
+                if reach < distance[j]:
+                    distance[j], reached_from[j] = reach, col
+                if nearest < 0 or distance[j] < distance[nearest]:
+                    nearest = j
+            col, base = nearest, distance[nearest]
+            done[col], row = True, owner[col]
+        for j in range(m):  # keep all reduced costs at zero or above
+            if done[j]:
+                if owner[j] >= 0:
+                    row_potential[owner[j]] += base - distance[j]
+                col_potential[j] -= base - distance[j]
+        row_potential[start] += base
+        while col >= 0:  # flip the path: each column on it goes to the row it was reached from
+            previous = reached_from[col]
+            owner[col] = owner[previous] if previous >= 0 else start
+            col = previous
+    held = [-1] * n
+    for j, row in enumerate(owner):
+        if row >= 0:
+            held[row] = j
+    return held
+
+
+@torch.no_grad()
+def match(logits: Tensor, boxes: Tensor, targets: Tensor, target_mask: Tensor) -> Tensor:
+    """Eq. 5: logits (K, B, Q, 2), boxes (K, B, Q, 4), targets (B, M, 4) -> the target of each query, -1 = none.
+
+    Result (K, B, Q) int64; each of the K predictions is matched by itself.
+    """
+    (K, B, Q, _), M = boxes.shape, targets.shape[1]
+    if Q == M == 1:  # REC: there is nothing to choose, and nothing to wait for on the device
+        return torch.where(target_mask, 0, -1).expand(K, B, 1)
+    pairs = boxes[:, :, :, None], targets[None, :, None]  # (K, B, Q, 1, 4), (1, B, 1, M, 4)
+    l1 = (pairs[0] - pairs[1]).abs().sum(-1)  # (K, B, Q, M)
+    score = logits.softmax(-1)[..., :1]  # (K, B, Q, 1)
+    cost = (L1 * l1 - CLASS * score - GIOU * iou_giou(*pairs)[1]).double().tolist()
+    real = [[j for j in range(M) if row[j]] for row in target_mask.tolist()]
+    result = [[[-1] * Q for _ in range(B)] for _ in range(K)]
+    for k in range(K):
+        for b in range(B):
+            for q, j in zip(*assign([[row[j] for j in real[b]] for row in cost[k][b]]), strict=True):
+                result[k][b][q] = real[b][j]
+    return torch.tensor(result, device=boxes.device)
+
+
+# ------------------------------------------------------------------------------------------------------ losses
+
+
+def global_sum(counts: Tensor) -> Tensor:
+    """The sum over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    return counts
+
+
+def normalisers(box_mask: Tensor, queries: int) -> Tensor:
+    """(2,): number of target boxes; sum of the class weights over all queries. Known before any prediction."""
+    targets = box_mask.sum(1)  # (B,)
+    matched = targets.clamp(max=queries).sum()
+    return torch.stack([targets.sum().float(), matched + NO_OBJECT * (len(box_mask) * queries - matched)])
+
+
+def detection_loss(logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor, norm: Tensor) -> Tensor:
+    """L_det of Eq. 4, summed over K: 1 cross entropy + 5 L1 + 2 (1 - GIoU). A scalar.
+
+    logits (K, B, Q, 2), boxes (K, B, Q, 4), targets (B, M, 4), matched (K, B, Q) as `match` gives it, norm (2,).
+    """
+    found = matched >= 0  # (K, B, Q)
+    weight = torch.tensor([1.0, NO_OBJECT], device=logits.device)
+    # flattened: cross entropy over a middle dimension has no deterministic CUDA kernel
+    label = torch.where(found, 0, 1).flatten()
+    cross_entropy = F.cross_entropy(logits.flatten(0, 2), label, weight, reduction="sum")
+    index = matched.clamp(min=0)[..., None].expand(-1, -1, -1, 4)  # (K, B, Q, 4)
+    wanted = targets.expand(len(boxes), -1, -1, -1).gather(2, index)  # (K, B, Q, 4)
+    l1 = ((boxes - wanted).abs().sum(-1) * found).sum()
+    giou = ((1 - iou_giou(boxes, wanted)[1]) * found).sum()
+    return CLASS * cross_entropy / norm[1] + (L1 * l1 + GIOU * giou) / norm[0].clamp(min=1)
+
+
+@torch.no_grad()
+def teacher_weight(logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor) -> Tensor:
+    """W_dt of Eq. 6: the mean over matched pairs of IoU x score of the decoder's boxes; 0 without any pair.
+
+    logits (B, Q, 2), boxes (B, Q, 4), targets (B, M, 4), matched (B, Q). One number for the batch of all ranks.
+    """
+    found = matched >= 0
+    wanted = targets.gather(1, matched.clamp(min=0)[..., None].expand(-1, -1, 4))  # (B, Q, 4)
+    quality = iou_giou(boxes, wanted)[0] * logits.softmax(-1)[..., 0] * found  # (B, Q)
+    total, count = global_sum(torch.stack([quality.sum(), found.sum().float()]))
+    return total / count.clamp(min=1)
+
+
+def simvg_loss(
+    output: Output,
+    boxes: Tensor,
+    box_mask: Tensor,
+    decoder: float | None = 1.0,
+    token_on_truth: float | None = 2.0,
+    token_on_teacher: float | None = 1.0,
+    norm: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The training loss, boxes (B, M, 4) and box_mask (B, M) being the truth. Scalars that add up to `total`.
+
+    A factor of None leaves its term out (and needs no output of that branch). With a teacher this is DWBD, Eq. 7:
+    token_on_teacher * W_dt * L_det(token, decoder's boxes) + token_on_truth * (1 - W_dt) * L_det(token, truth) (D1);
+    without, the token branch simply learns from the truth. `norm` holds the `normalisers` of one rank's share of
+    the global batch; it is worked out here if this batch is the whole step.
+    """
+    logits = output.decoder_logits if output.token_logits is None else output.token_logits
+    if norm is None:
+        norm = global_sum(normalisers(box_mask, logits.shape[-2]))
+        norm = norm / (dist.get_world_size() if dist.is_initialized() else 1)  # DDP averages over ranks
+    terms = {}
+    if decoder is not None or token_on_teacher is not None:
+        matched = match(output.decoder_logits, output.decoder_boxes, boxes, box_mask)
+    if decoder is not None:
+        loss = detection_loss(output.decoder_logits, output.decoder_boxes, boxes, matched, norm)
+        terms["decoder"] = decoder * loss
+    if token_on_truth is not None or token_on_teacher is not None:
+        student = output.token_logits[None], output.token_boxes[None]  # (1, B, Q, .)
+    weight = None
+    if token_on_teacher is not None:
+        answer = output.decoder_logits[-1].detach(), output.decoder_boxes[-1].detach()
+        weight = teacher_weight(*answer, boxes, matched[-1])
+        # the teacher's targets: its boxes for the queries that found something
+        rematched = match(*student, answer[1], matched[-1] >= 0)
+        terms["token_on_teacher"] = token_on_teacher * weight * detection_loss(*student, answer[1], rematched, norm)
+    if token_on_truth is not None:
+        loss = detection_loss(*student, boxes, match(*student, boxes, box_mask), norm)
+        terms["token_on_truth"] = token_on_truth * loss * (1 if weight is None else 1 - weight)
+    terms["total"] = sum(terms.values())
+    return terms if weight is None else {**terms, "teacher_weight": weight}

@@ -1,0 +1,394 @@
+"""SimVG: two light heads on BEiT-3 tokens (arXiv 2409.17531, Sec. 3, Fig. 2).
+
+    image, text -> BEiT-3 -> object token (B, D), image tokens (B, N, D), text tokens (B, L, D)
+    text tokens            -> text-guided queries (B, Q, C)                                 Eq. 8
+    decoder branch (teacher): queries x image tokens -> 3 decoder layers -> boxes           Eq. 2
+    token branch   (student): object token + queries -> one linear layer -> boxes           Eq. 3
+
+B batch, N image tokens, L text tokens, Q queries (1 in REC, 10 in gREC), K decoder layers, D encoder width,
+C head width. Boxes are cxcywh in 0..1 of the image; class 0 is "the referred object", class 1 "no object".
+Everything that makes a box runs in float32, also under autocast: a bf16 box is off by up to 2 pixels.
+
+This file also builds, saves and loads models. `python model.py` prints the shapes of a small one.
+"""
+
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import beit3
+from data import InputError
+
+HEADS = 8  # attention heads of TQG and decoder, in every released model
+IMAGE_MEAN, IMAGE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB, 0..255
+
+
+class Output(NamedTuple):
+    """None for a branch that was not asked for. The last decoder layer is the decoder branch's answer."""
+
+    decoder_logits: Tensor | None  # (K, B, Q, 2)
+    decoder_boxes: Tensor | None  # (K, B, Q, 4) cxcywh
+    token_logits: Tensor | None  # (B, Q, 2)
+    token_boxes: Tensor | None  # (B, Q, 4) cxcywh
+
+
+class DecoderLayer(nn.Module):
+    """A DETR decoder layer, norms after the sums. Positions are added to queries and keys, never to values."""
+
+    def __init__(self, width: int, ffn: int, dropout: float):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(width, HEADS, dropout, batch_first=True)
+        self.cross_attn = nn.MultiheadAttention(width, HEADS, dropout, batch_first=True)
+        self.ffn = nn.Sequential(
+            nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn, width), nn.Dropout(dropout)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+
+    def forward(
+        self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor, pad: Tensor | None = None
+    ) -> Tensor:
+        """x, query_pos (B, Q, C); memory (B, n, C); memory_pos (n, C); pad (B, n) True = not there -> (B, Q, C)."""
+        q = x + query_pos
+        x = self.norms[0](x + self.self_attn(q, q, x, need_weights=False)[0])
+        seen = self.cross_attn(x + query_pos, memory + memory_pos, memory, key_padding_mask=pad, need_weights=False)[0]
+        x = self.norms[1](x + seen)
+        return self.norms[2](x + self.ffn(x))
+
+
+class TextGuidedQuery(nn.Module):
+    """TQG, Eq. 8: Q_tqg = MCA(Q_init, f_text + pos) + MMP(f_text) + Q_init; text (B, L, D) -> queries (B, Q, C)."""
+
+    def __init__(
+        self, encoder_width: int, width: int, queries: int, layers: int, ffn: int, dropout: float, as_released: bool
+    ):
+        super().__init__()
+        self.text_proj = nn.Linear(encoder_width, width)
+        self.query_embed = nn.Embedding(queries, width)
+        self.layers = nn.ModuleList(DecoderLayer(width, ffn, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.as_released = as_released
+        positions = beit3.sine_1d(beit3.TEXT_POSITIONS, width, one_frequency=as_released)
+        self.register_buffer("positions", positions, persistent=False)
+
+    def forward(self, text: Tensor, text_pad: Tensor) -> Tensor:
+        text = self.text_proj(text)  # (B, L, C)
+        initial = self.query_embed.weight.expand(len(text), -1, -1)  # (B, Q, C)
+        x = torch.zeros_like(initial)
+        for layer in self.layers:
+            x = layer(x, initial, text, self.positions[: text.shape[1]], text_pad)
+        return self.norm(x) + self.pool(text, text_pad)[:, None] + initial
+
+    def pool(self, text: Tensor, text_pad: Tensor) -> Tensor:
+        """Mask max pool, (B, L, C) -> (B, C): the maximum over the words, padding left out (D2)."""
+        if self.as_released:  # D3: ~mask on integers picks the last two rows, only the last when nothing is padded
+            last, before = text[:, -1], text[:, -2]
+            return torch.where(text_pad.any(1, keepdim=True), torch.maximum(last, before), last)
+        # max, not amax, which would share the gradient between equal maxima
+        return text.masked_fill(text_pad[..., None], -torch.inf).max(dim=1).values
+
+
+def box_head(width: int) -> nn.Sequential:
+    """(..., C) -> (..., 4), before the sigmoid."""
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+
+
+class DecoderBranch(nn.Module):
+    """Eq. 2: Q_decoder = MCA(IP(T_img) + pos, queries); every layer predicts, with the same heads and norm."""
+
+    def __init__(self, encoder_width: int, width: int, grid: int, layers: int, ffn: int, dropout: float):
+        super().__init__()
+        self.image_proj = nn.Linear(encoder_width, width)
+        self.layers = nn.ModuleList(DecoderLayer(width, ffn, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.class_head, self.box_head = nn.Linear(width, 2), box_head(width)
+        self.register_buffer("positions", beit3.sine_2d(grid, width), persistent=False)
+
+    def forward(self, image: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """image (B, N, D), queries (B, Q, C) -> logits (K, B, Q, 2), boxes (K, B, Q, 4)."""
+        image = self.image_proj(image)  # (B, N, C)
+        x, outputs = torch.zeros_like(queries), []
+        for layer in self.layers:
+            x = layer(x, queries, image, self.positions)
+            outputs.append(self.norm(x))
+        x = torch.stack(outputs)  # (K, B, Q, C)
+        return self.class_head(x), self.box_head(x).sigmoid()
+
+
+class TokenBranch(nn.Module):
+    """Eq. 3: Q_token = MLP(OP(T_obj) + queries)."""
+
+    def __init__(self, encoder_width: int, width: int):
+        super().__init__()
+        self.object_proj = nn.Linear(encoder_width, width)
+        self.mlp = nn.Linear(width, width)
+        self.class_head, self.box_head = nn.Linear(width, 2), box_head(width)
+
+    def forward(self, object_token: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """object_token (B, D), queries (B, Q, C) -> logits (B, Q, 2), boxes (B, Q, 4)."""
+        x = self.mlp(self.object_proj(object_token)[:, None] + queries)  # (B, Q, C)
+        return self.class_head(x), self.box_head(x).sigmoid()
+
+
+class SimVG(nn.Module):
+    """Arguments are the section `model` of a config. `as_released` computes what the released checkpoints were
+    trained with (D3, D4) instead of what the paper says."""
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        patch_size: int,
+        vocab_size: int,
+        encoder_width: int,
+        encoder_layers: int,
+        encoder_heads: int,
+        encoder_ffn: int,
+        drop_path: float,
+        head_width: int,
+        queries: int,
+        tqg_layers: int,
+        tqg_ffn: int,
+        decoder_layers: int,
+        decoder_ffn: int,
+        dropout: float,
+        as_released: bool,
+    ):
+        super().__init__()
+        self.image_size = image_size
+        self.encoder = beit3.BEiT3(
+            image_size, patch_size, vocab_size, encoder_width, encoder_layers, encoder_heads, encoder_ffn, drop_path
+        )
+        self.tqg = TextGuidedQuery(encoder_width, head_width, queries, tqg_layers, tqg_ffn, dropout, as_released)
+        self.decoder_branch = DecoderBranch(
+            encoder_width, head_width, self.encoder.grid, decoder_layers, decoder_ffn, dropout
+        )
+        self.token_branch = TokenBranch(encoder_width, head_width)
+        for branch in (self.tqg, self.decoder_branch):
+            for layer in branch.layers.parameters():
+                if layer.dim() > 1:
+                    nn.init.xavier_uniform_(layer)
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
+
+    def forward(
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        text_pad: Tensor,
+        branch: str = "both",
+        amp: torch.dtype | None = None,
+    ) -> Output:
+        """Boxes for phrases.
+
+        images (B, 3, S, S): uint8, or float and then already normalised; tokens (B, L) int64; text_pad (B, L) bool,
+        True = padding; branch "both", "decoder" or "token"; amp: run the encoder (only) in this precision.
+        """
+        assert branch in ("both", "decoder", "token"), branch
+        if images.dtype == torch.uint8:
+            images = (images - self.mean) / self.std
+        with torch.autocast(images.device.type, amp or torch.bfloat16, enabled=amp is not None):
+            encoded = self.encoder(images, tokens, text_pad, object_only=branch == "token")
+        object_token, image, text = (x.float() for x in encoded)
+        queries = self.tqg(text, text_pad)  # (B, Q, C)
+        decoded = self.decoder_branch(image, queries) if branch != "token" else (None, None)
+        direct = self.token_branch(object_token, queries) if branch != "decoder" else (None, None)
+        return Output(*decoded, *direct)
+
+
+# -------------------------------------------------------------------------------------------- checkpoint files
+
+
+def save(path: str | Path, state: dict) -> None:
+    """Write a checkpoint so that at every moment `path` is the old file or the whole new one."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written, the older state is kept: {error.strerror}") from None
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint file as plain tensors, numbers and strings, on the CPU. InputError if it is anything else."""
+    try:
+        # the only foreign objects met in official files: numpy's numbers, such as the best accuracy
+        scalar = [np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
+        with torch.serialization.safe_globals(scalar):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it wants to run code ({code[1]})" if code else "it is another kind of file"
+        raise InputError(f"{path}: is not a checkpoint of tensors: {reason}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError):
+        size = os.path.getsize(path)
+        raise InputError(f"{path}: is not a whole checkpoint ({size:,} bytes; an unfinished download?)") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: is not a checkpoint: it holds a {type(state).__name__}")
+    return state
+
+
+def load(path: str | Path, device: str | torch.device = "cpu", **model_args) -> SimVG:
+    """A SimVG in eval mode from this project's checkpoint or an official SimVG .pth; `model_args` win over the file.
+
+    From an official file sizes are read off the tensors, with heads of 64 and `as_released=True`; averaged (EMA)
+    weights are taken where there are any.
+    """
+    return load_with_config(path, device, **model_args)[0]
+
+
+def load_with_config(path: str | Path, device: str | torch.device = "cpu", **model_args) -> tuple[SimVG, dict | None]:
+    """`load`, and the config that the file carries (an official file carries none)."""
+    state = read_checkpoint(path)
+    if {"config", "model", "ema"} <= state.keys():
+        config, weights = state["config"], {**state["model"], **state["ema"]}
+        args = config["model"]
+    elif official := official_weights(state):
+        config, args, weights = None, _official_sizes(official), convert(official)
+    else:
+        raise InputError(f"{path}: is neither a checkpoint of this project nor an official SimVG one")
+    model = SimVG(**{**args, **model_args})
+    load_strictly(model, weights, path)
+    return model.to(device).eval(), config
+
+
+def initialise(model: SimVG, path: str | Path) -> str:
+    """Start `model` from a BEiT-3 file, an own checkpoint or an official SimVG .pth -> what was taken, in one line.
+
+    A BEiT-3 file must fill the whole encoder, a SimVG file everything; only image positions may be of another
+    grid, and queries of another number, which then stay new. Anything else that does not fit is an InputError.
+    """
+    state, own = read_checkpoint(path), model.state_dict()
+    grid, patch = model.encoder.grid, model.encoder.patch_embed.kernel_size[0]
+    if {"config", "model", "ema"} <= state.keys():
+        kind, weights = "SimVG checkpoint", {**state["model"], **state["ema"]}
+    elif official := official_weights(state):
+        kind, weights = "official SimVG checkpoint", convert(official)
+    else:
+        kind, weights = "BEiT-3 checkpoint", _beit3_weights(state, path, grid, patch)
+    positions = "encoder.image_positions"
+    weights[positions] = beit3.resize_positions(weights[positions], grid, extra=1)
+    queries, left = "tqg.query_embed.weight", ""
+    if queries in weights and weights[queries].shape != own[queries].shape:
+        left = f"; new: {queries} ({len(weights[queries])} queries in the file, {len(own[queries])} here)"
+        del weights[queries]
+    if kind.startswith("BEiT-3"):
+        left = "; new: everything but the encoder"
+    kept = {name: value for name, value in own.items() if name not in weights}
+    if not kind.startswith("BEiT-3"):
+        kept = {name: value for name, value in kept.items() if name == queries}
+    elif any(name.startswith("encoder.") for name in kept):
+        kept = {}
+    load_strictly(model, {**kept, **{name: value.float() for name, value in weights.items()}}, path)
+    return f"{path}: {kind}, {len(weights)} of {len(own)} tensors taken{left}"
+
+
+def _beit3_weights(state: dict, path: str | Path, grid: int, patch: int) -> dict[str, Tensor]:
+    """The encoder's tensors of a BEiT-3 checkpoint, resized, under this project's names."""
+    found = state.get("model") or state.get("module") or state
+    found = {name.removeprefix("beit3."): v for name, v in found.items() if name.startswith("beit3.")}
+    if not found:
+        raise InputError(f"{path}: holds neither SimVG nor BEiT-3 weights")
+    try:
+        weights = beit3.convert(beit3.resize_pretrained(found, grid, patch))
+    except KeyError as error:
+        raise InputError(f"{path}: holds a tensor that BEiT-3 does not have: beit3.{error.args[0]}") from None
+    return {f"encoder.{name}": value for name, value in weights.items()}
+
+
+def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Every tensor of the model is filled from a tensor of the same shape and none is left over, or InputError."""
+    have = {name: tuple(value.shape) for name, value in weights.items()}
+    want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if have != want:
+        name = min(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+        found, wanted = have.get(name, "missing"), want.get(name, "nothing of that name")
+        raise InputError(f"{path}: does not fit the model: {name} is {found} in the file, the model wants {wanted}")
+    model.load_state_dict(weights)
+
+
+def official_weights(state: dict) -> dict[str, Tensor] | None:
+    """The tensors of an official SimVG checkpoint, without `module.`; None if it is none."""
+    weights = state.get("ema_state_dict") or state.get("state_dict") or {}
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return weights if "head.query_embed.weight" in weights else None
+
+
+_HEAD_NAMES = {
+    r"head\.text_guided_query_generation_transformer\.": "tqg.",
+    r"head\.transformer\.decoder\.": "decoder_branch.",
+    r"head\.input_text_proj\.": "tqg.text_proj.",
+    r"head\.query_embed\.": "tqg.query_embed.",
+    r"head\.input_proj\.": "decoder_branch.image_proj.",
+    r"head\.input_cls_proj\.": "token_branch.object_proj.",
+    r"head\.mlp\.layers\.0\.": "token_branch.mlp.",
+    r"head\.class_embed_(decoder|token)\.": r"\1_branch.class_head.",
+    r"head\.bbox_embed_(decoder|token)\.layers\.": r"\1_branch.box_head.",
+    r"post_norm_layer": "norm",
+    r"attentions\.0\.attn": "self_attn",
+    r"attentions\.1\.attn": "cross_attn",
+    r"ffns\.0\.layers\.0\.0": "ffn.0",
+    r"ffns\.0\.layers\.1": "ffn.3",
+    # the box heads' linear layers 0, 1, 2 are modules 0, 2, 4 here; 2 first, so that none is renamed twice
+    r"(box_head)\.2\.": r"\1.4.",
+    r"(box_head)\.1\.": r"\1.2.",
+}
+
+
+def convert(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An official SimVG state dict under this project's names; KeyError on an unknown encoder name."""
+    prefix = "vis_enc.beit3."
+    encoder = {name.removeprefix(prefix): value for name, value in official.items() if name.startswith(prefix)}
+    ours = {f"encoder.{name}": value for name, value in beit3.convert(encoder).items()}
+    for name, value in official.items():
+        if name.startswith(prefix) or re.fullmatch(r"head\.criterion\w*\.empty_weight", name):
+            continue  # empty_weight: constants of the loss
+        if name == "head.input_proj.weight":
+            value = value.flatten(1)  # (C, D, 1, 1), a 1 x 1 convolution
+        for pattern, replacement in _HEAD_NAMES.items():
+            name = re.sub(pattern, replacement, name)
+        ours[name] = value
+    return ours
+
+
+def _official_sizes(official: dict[str, Tensor]) -> dict:
+    """The arguments of SimVG, read off an official checkpoint's tensors."""
+    shape = {name: value.shape for name, value in official.items()}
+    vocab, width = shape["vis_enc.beit3.text_embed.weight"]
+    patch = shape["vis_enc.beit3.vision_embed.proj.weight"][-1]
+    grid = int((shape["vis_enc.beit3.encoder.embed_positions.A.weight"][0] - 3) ** 0.5)
+    tqg, decoder = "head.text_guided_query_generation_transformer.layers", "head.transformer.decoder.layers"
+
+    def layers(prefix: str) -> int:
+        return 1 + max(int(name[len(prefix) + 1 :].split(".")[0]) for name in shape if name.startswith(f"{prefix}."))
+
+    return dict(
+        image_size=grid * patch,
+        patch_size=patch,
+        vocab_size=vocab,
+        encoder_width=width,
+        encoder_layers=layers("vis_enc.beit3.encoder.layers"),
+        encoder_heads=width // 64,
+        encoder_ffn=shape["vis_enc.beit3.encoder.layers.0.ffn.A.fc1.weight"][0],
+        drop_path=0.0,
+        head_width=shape["head.query_embed.weight"][1],
+        queries=shape["head.query_embed.weight"][0],
+        tqg_layers=layers(tqg),
+        tqg_ffn=shape[f"{tqg}.0.ffns.0.layers.0.0.weight"][0],
+        decoder_layers=layers(decoder),
+        decoder_ffn=shape[f"{decoder}.0.ffns.0.layers.0.0.weight"][0],
+        dropout=0.0,
+        as_released=True,
+    )

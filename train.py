@@ -1,0 +1,410 @@
+"""Train SimVG on any number of ranks.
+
+    python train.py --config configs.json:shapes
+    torchrun --nproc_per_node 8 train.py --config configs.json:refcoco --init beit3_base_patch16_224.zip
+
+Writes into --out (runs/NAME): config.json, metrics.jsonl, last.pt (everything needed to go on), best.pt (weights),
+curves.png and samples.png. `--resume` goes on after a kill, to the bit on one process: all randomness is a function
+of (seed, epoch, step), nothing random is stored.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import evaluate
+import losses
+import model as models
+from data import InputError
+
+LOG_EVERY = 20  # steps between two training rows of metrics.jsonl
+AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main() -> None:
+    # 1. what to run, and who we are
+    args = parse_arguments()
+    config = data.load_config(args.config, args.set)
+    settings, amp = config["train"], amp_dtype(config["train"]["amp"])
+    out = Path(args.out or f"runs/{args.config.rpartition(':')[2]}")
+    stopped: list[int] = []  # signals received; looked at between steps
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: stopped.append(received))
+    rank, world, device = join_ranks()
+    micro = micro_batch(settings["batch_size"], settings["micro_batch"], world)
+    state = found_run(out, config, args.resume)
+
+    # 2. data, model, optimiser
+    make_embedded_set(config["data"], rank)
+    rows = data.read_rows(config["data"], "train")
+    train_set = data.Dataset(rows, config["model"]["image_size"], settings["seed"], config["data"]["jitter"])
+    splits = {split: evaluate.load_split(config, split) for split in config["data"]["eval_splits"]}
+    collate = evaluate.load_collate(config)
+    torch.manual_seed(settings["seed"])
+    model = models.SimVG(**config["model"])
+    if args.init and not state:
+        report = models.initialise(model, args.init)
+        if rank == 0:
+            print(report)
+    branch = evaluate.trained_branch(settings)
+    if branch == "decoder":
+        model.token_branch.requires_grad_(False)  # DDP waits for every gradient it was promised
+    model.to(device)
+    optimizer = make_optimizer(model, settings)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    ema = {name: p.detach().clone() for name, p in model.named_parameters()} if settings["ema"] else {}
+    progress = {"epoch": 0, "step_in_epoch": 0, "step": 0, "best": -1.0}
+    if state:
+        progress = restore(state, model, optimizer, scaler, ema)
+    wrapped = model
+    if world > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    # 3. the loop
+    first = config["data"]["eval_splits"][0]
+    log = Log(out, config, rank, progress)
+    start = progress["epoch"], progress["step_in_epoch"]
+    keys = data.StepKeys(len(rows), settings, micro, start, rank, world)
+    stream = data.batches(train_set, collate, keys, config["data"]["workers"], pin=device.type == "cuda")
+    per_step = settings["batch_size"] // world // micro  # micro-batches of a rank
+    total = settings["epochs"] * keys.steps
+    bar = tqdm(total=total, initial=progress["step"], disable=None if rank == 0 else True, unit="step")
+
+    def save_last() -> None:
+        if rank == 0:
+            parts = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
+            models.save(out / "last.pt", {**parts, "scaler": scaler.state_dict(), "config": config, **progress})
+
+    saved = time.monotonic()
+    model.train()
+    while progress["epoch"] < settings["epochs"]:
+        while progress["step_in_epoch"] < keys.steps:
+            began = time.monotonic()
+            batch = [next(stream).to(device) for _ in range(per_step)]
+            waited = time.monotonic() - began
+            set_learning_rate(optimizer, settings, progress, keys.steps)
+            torch.manual_seed(hash((settings["seed"], progress["step"], rank)))  # dropout and drop path
+            terms = train_step(model, wrapped, batch, optimizer, scaler, settings, branch, amp)
+            if scaler.is_enabled() or terms["grad_norm"].isfinite():
+                progress["step"] += 1
+                progress["step_in_epoch"] += 1
+            else:
+                examples = ", ".join(rows[i].where for b in batch for i in b.index[:3])
+                raise InputError(f"step {progress['step']}: loss or gradient is not finite; rows {examples}, ...")
+            update_ema(ema, model, settings["ema_decay"], progress["step"])
+            log.step(terms, waited, time.monotonic() - began, optimizer, progress)
+            bar.update()
+            if any_stopped(stopped, progress["step"], world, device):
+                save_last()
+                bar.close()
+                if rank == 0:
+                    print(f"stopped after step {progress['step']}; --resume goes on", file=sys.stderr)
+                leave(128 + (stopped or [signal.SIGTERM])[0])
+            if time.monotonic() - saved > 60 * settings["save_minutes"]:
+                save_last()
+                saved = time.monotonic()
+        progress |= {"epoch": progress["epoch"] + 1, "step_in_epoch": 0}
+        if is_due(progress["epoch"], settings):
+            with averaged(model, ema):
+                found = evaluate.evaluate(model, splits[first], collate, branch, amp=amp, title=first)
+                figures = evaluate.summary(found, splits[first].rows, config["model"]["queries"] > 1)
+                if selection(figures) > progress["best"]:
+                    progress["best"] = selection(figures)
+                    if rank == 0:
+                        best = {"model": model.state_dict(), "ema": {}, "config": config, "figures": figures}
+                        models.save(out / "best.pt", {**best, **progress})
+            log.figures(first, figures, progress)
+        save_last()
+        saved = time.monotonic()
+    bar.close()
+
+    # 4. what came out: the best checkpoint on every split
+    model = models.load(out / "best.pt", device)
+    for split, dataset in splits.items():
+        found = evaluate.evaluate(model, dataset, collate, branch, amp=amp, title=split)
+        figures = evaluate.summary(found, dataset.rows, config["model"]["queries"] > 1)
+        log.figures(split, figures, progress)
+        if rank == 0:
+            baseline = evaluate.mean_box_accuracy(rows, dataset.rows) if config["model"]["queries"] == 1 else None
+            evaluate.print_table(split, figures, evaluate.by_kind(found, dataset.rows), baseline)
+            evaluate.draw_page(dataset.rows[:16], found[:16], out / "samples.png")
+    if rank == 0:
+        evaluate.draw_curves(log.records, out / "curves.png")
+        print(f"weights {out}/best.pt, pictures {out}/samples.png and {out}/curves.png")
+    leave(0)
+
+
+# ----------------------------------------------------------------------------------------------------- a step
+
+
+def train_step(
+    model: models.SimVG,
+    wrapped: nn.Module,
+    batch: list[data.Batch],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    settings: dict,
+    branch: str,
+    amp: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """One optimiser step on the micro-batches of this rank -> its loss terms and the gradient norm before clipping."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    counts = sum(losses.normalisers(b.box_mask, model.tqg.query_embed.num_embeddings) for b in batch)
+    norm = losses.global_sum(counts) / world  # DDP averages the ranks' gradients
+    factors = (settings[f"loss_{name}"] for name in ("decoder", "token_on_truth", "token_on_teacher"))
+    decoder, on_truth, on_teacher = factors
+    optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    for i, b in enumerate(batch):
+        last = i == len(batch) - 1
+        with nullcontext() if last or world == 1 else wrapped.no_sync():
+            output = wrapped(b.images, b.tokens, b.text_pad, branch, amp)
+            terms = losses.simvg_loss(output, b.boxes, b.box_mask, decoder, on_truth, on_teacher, norm)
+            scaler.scale(terms["total"]).backward()
+        for name, value in terms.items():
+            share = len(batch) if name == "teacher_weight" else 1  # a mean, where the others are parts of a sum
+            sums[name] = sums.get(name, 0) + value.detach() / share
+    scaler.unscale_(optimizer)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    sums["grad_norm"] = nn.utils.clip_grad_norm_(trained, settings["clip_norm"])
+    if scaler.is_enabled() or sums["grad_norm"].isfinite():
+        scaler.step(optimizer)
+        scaler.update()
+    return sums
+
+
+def make_optimizer(model: models.SimVG, settings: dict) -> torch.optim.Optimizer:
+    """Adam with two learning rates, one for the pre-trained encoder and one for the rest."""
+    encoder = [p for name, p in model.named_parameters() if name.startswith("encoder.") and p.requires_grad]
+    rest = [p for name, p in model.named_parameters() if not name.startswith("encoder.") and p.requires_grad]
+    return torch.optim.Adam(
+        [{"params": encoder, "lr": settings["lr_encoder"]}, {"params": rest, "lr": settings["lr"]}],
+        betas=tuple(settings["betas"]),
+        eps=settings["eps"],
+        weight_decay=settings["weight_decay"],
+        amsgrad=settings["amsgrad"],
+        fused=True,
+    )
+
+
+def lr_factor(
+    epoch: float,
+    warmup_epochs: float,
+    decay_epochs: Sequence[int] | None,
+    decay_factor: float,
+    epochs: int = 0,
+) -> float:
+    """What the learning rate is multiplied by in an epoch (from 0): a staircase of warm-up, then steps down.
+
+    The warm-up is (epoch + 1) / (warmup_epochs + 1); a decay at epoch s is already felt in the s-th epoch (number
+    s - 1). Without decay_epochs the rate falls linearly after the warm-up and would be zero in epoch `epochs`.
+    """
+    if epoch < warmup_epochs:
+        return (epoch + 1) / (warmup_epochs + 1)
+    if decay_epochs is None:
+        return (epochs - epoch) / (epochs - warmup_epochs)
+    return decay_factor ** sum(epoch + 1 >= decay for decay in decay_epochs)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, settings: dict, progress: dict, steps: int) -> None:
+    """Stairs move once an epoch, as in the official code; the linear decay moves every step."""
+    epoch = progress["epoch"]
+    if settings["decay_epochs"] is None and epoch >= settings["warmup_epochs"]:
+        epoch += progress["step_in_epoch"] / steps
+    schedule = (settings[name] for name in ("warmup_epochs", "decay_epochs", "decay_factor", "epochs"))
+    factor = lr_factor(epoch, *schedule)
+    for group, name in zip(optimizer.param_groups, ("lr_encoder", "lr"), strict=True):
+        group["lr"] = settings[name] * factor
+
+
+@torch.no_grad()
+def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
+    """The averaged weights after `step` (from 1) optimiser steps; young averages forget faster."""
+    if ema:
+        decay = min(decay, step / (step + 9))
+        torch._foreach_lerp_(list(ema.values()), list(model.parameters()), 1 - decay)
+
+
+@contextmanager
+def averaged(model: nn.Module, ema: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the model holds the averaged weights (where there are any)."""
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()} if ema else {}
+    model.load_state_dict({**model.state_dict(), **ema})
+    yield
+    model.load_state_dict({**model.state_dict(), **kept})
+
+
+def selection(figures: dict[str, float]) -> float:
+    """What best.pt is chosen by: the mean of the branches' accuracies, as in the official code."""
+    main = [value for name, value in figures.items() if name.endswith(("_acc", "_f1"))]
+    return sum(main) / len(main)
+
+
+def is_due(epoch: int, settings: dict) -> bool:
+    """Is there an evaluation after this many epochs? Always after the last one."""
+    if epoch == settings["epochs"]:
+        return True
+    return epoch >= settings["evaluate_from"] and epoch % settings["evaluate_every"] == 0
+
+
+# ------------------------------------------------------------------------------------------- ranks and folders
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train SimVG. Under torchrun it uses every rank.")
+    parser.add_argument("--config", required=True, metavar="FILE:NAME", help="such as configs.json:refcoco")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE", help="change keys"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="the run's folder (default: runs/NAME)")
+    parser.add_argument("--init", metavar="FILE", help="start from BEiT-3, SimVG or official SimVG weights")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    return parser.parse_args()
+
+
+def join_ranks() -> tuple[int, int, torch.device]:
+    """(rank, world size, device) of this process; under torchrun it joins the others."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # open faults: wrong gradients with masks, NaN for one query
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return (dist.get_rank() if world > 1 else 0), world, device
+
+
+def leave(status: int) -> None:
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.exit(status)
+
+
+def micro_batch(batch: int, most: int, world: int) -> int:
+    """The largest micro-batch of at most `most` examples that cuts a rank's share of the global batch evenly."""
+    if batch % world:
+        raise InputError(f"train.batch_size {batch} (of all ranks together) cannot be shared by {world} ranks")
+    share = batch // world
+    return next(size for size in range(min(most, share), 0, -1) if share % size == 0)
+
+
+def amp_dtype(name: str) -> torch.dtype | None:
+    if name not in AMP:
+        raise InputError(f'train.amp must be "" (float32), "bf16" or "fp16", not {name!r}')
+    return AMP[name]
+
+
+def any_stopped(stopped: list[int], step: int, world: int, device: torch.device) -> bool:
+    """Has any rank been asked to stop? All ranks agree, so that all leave after the same step."""
+    if world == 1:
+        return bool(stopped)
+    if step % LOG_EVERY:
+        return False
+    return bool(losses.global_sum(torch.tensor(float(len(stopped)), device=device)) > 0)
+
+
+def found_run(out: Path, config: dict, resume: bool) -> dict | None:
+    """The state to go on from. InputError if the folder holds a run and that was not asked for."""
+    last = out / "last.pt"
+    if not resume:
+        if (out / "config.json").exists():
+            raise InputError(f"{out}: holds a run already; go on with --resume or choose another --out")
+        return None
+    if not last.exists():
+        return None  # killed before its first checkpoint: the same start again
+    state = models.read_checkpoint(last)
+    for section, keys in config.items():
+        for key, value in keys.items():
+            if state["config"][section].get(key) != value and key not in ("workers", "micro_batch", "save_minutes"):
+                old = state["config"][section].get(key)
+                raise InputError(f"{out}: the run was started with {section}.{key}={old}, it cannot go on with {value}")
+    return state
+
+
+def restore(
+    state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, ema: dict
+) -> dict:
+    """Fill everything from last.pt and return the progress."""
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    for name, value in state["ema"].items():
+        ema[name].copy_(value)
+    return {name: state[name] for name in ("epoch", "step_in_epoch", "step", "best")}
+
+
+def make_embedded_set(section: dict, rank: int) -> None:
+    """Write the shapes set on first use, on one rank."""
+    if section["generate"]:
+        folder = Path(section["images"]).parent
+        if rank == 0 and not folder.exists():
+            data.make_shapes(folder, section["scenes"], grec=section["generate"] == "shapes-grec")
+        if dist.is_initialized():
+            dist.barrier()
+
+
+class Log:
+    """metrics.jsonl: one JSON object a line, the training rows as means over LOG_EVERY steps and over the ranks."""
+
+    def __init__(self, out: Path, config: dict, rank: int, progress: dict):
+        self.path, self.rank, self.batch = out / "metrics.jsonl", rank, config["train"]["batch_size"]
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.waited, self.seconds = 0, 0.0, 0.0
+        self.records: list[dict] = []
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.json").write_text(json.dumps(config, indent=1))
+            if self.path.exists():  # a killed run may have written rows that its checkpoint knows nothing of
+                rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+                self.records = [row for row in rows if row["step"] <= progress["step"]]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.records))
+
+    def step(self, terms: dict[str, Tensor], waited: float, seconds: float, optimizer, progress: dict) -> None:
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.steps, self.waited, self.seconds = self.steps + 1, self.waited + waited, self.seconds + seconds
+        if progress["step"] % LOG_EVERY:
+            return
+        means = torch.stack([value.float() for value in self.sums.values()]) / self.steps
+        means = losses.global_sum(means) / (dist.get_world_size() if dist.is_initialized() else 1)
+        row = {"split": "train", "epoch": progress["epoch"], "step": progress["step"]}
+        row |= {name: round(value, 6) for name, value in zip(self.sums, means.tolist(), strict=True)}
+        row |= {"lr_encoder": optimizer.param_groups[0]["lr"], "lr": optimizer.param_groups[1]["lr"]}
+        row |= {"samples_per_s": round(self.steps * self.batch / self.seconds, 1)}
+        row |= {"data_wait": round(self.waited / self.seconds, 4)}
+        self.write(row)
+        self.sums, self.steps, self.waited, self.seconds = {}, 0, 0.0, 0.0
+
+    def figures(self, split: str, figures: dict, progress: dict) -> None:
+        row = {"split": split, "epoch": progress["epoch"], "step": progress["step"]}
+        self.write(row | {name: round(value, 6) for name, value in figures.items()})
+
+    def write(self, row: dict) -> None:
+        if self.rank == 0:
+            self.records.append(row)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            if row["split"] != "train":
+                shown = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "split")
+                tqdm.write(f"{row['split']}: {shown}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    data.run(main)
