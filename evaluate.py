@@ -49,7 +49,7 @@ def grec_correct(scores: Tensor, boxes_xyxy: Tensor, truth_xyxy: Tensor, thresho
 
     Answers pair greedily with the truth, best first, from a *generalised* IoU of 0.5 on, as gRefCOCO's evaluator does.
     """
-    answers = boxes_xyxy[scores >= threshold]
+    answers = boxes_xyxy[scores.double() >= threshold]  # in float32, 0.7 would round down and let 0.69999999 in
     if len(answers) != len(truth_xyxy):
         return False
     giou = generalized_box_iou(answers, truth_xyxy.to(answers))  # (n, n)
@@ -83,7 +83,8 @@ def results(logits: Tensor, boxes: Tensor, truth: Tensor, truth_mask: Tensor, si
         solid = (b[:, 2:] > b[:, :2]).all(1)  # boxes clipped away count as not answered
         s, b = s[solid], b[solid]
         correct = grec_correct(s, b * size, t[mask] * size)
-        found.append(Result(correct, s[s >= THRESHOLD], b[s >= THRESHOLD]))
+        kept = s.double() >= THRESHOLD
+        found.append(Result(correct, s[kept], b[kept]))
     return found
 
 
@@ -209,7 +210,7 @@ def ground(
     boxes = clip_boxes_to_image(boxes, (height, width))
     kept = scores.argsort(descending=True)
     if len(scores) > 1:
-        kept = kept[(scores[kept] >= threshold) & (boxes[kept, 2:] > boxes[kept, :2]).all(1)]
+        kept = kept[(scores[kept].double() >= threshold) & (boxes[kept, 2:] > boxes[kept, :2]).all(1)]
     return boxes[kept], scores[kept]
 
 

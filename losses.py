@@ -138,7 +138,7 @@ def detection_loss(logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tens
     logits (K, B, Q, 2), boxes (K, B, Q, 4), targets (B, M, 4), matched (K, B, Q) as `match` gives it, norm (2,).
     """
     found = matched >= 0  # (K, B, Q)
-    weight = torch.tensor([1.0, NO_OBJECT], device=logits.device)
+    weight = logits.new_tensor([1.0, NO_OBJECT])
     # flattened: cross entropy over a middle dimension has no deterministic CUDA kernel
     label = torch.where(found, 0, 1).flatten()
     cross_entropy = F.cross_entropy(logits.flatten(0, 2), label, weight, reduction="sum")

@@ -1,0 +1,109 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import model as models
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+TINY = dict(
+    image_size=32,
+    patch_size=8,
+    vocab_size=162,
+    encoder_width=32,
+    encoder_layers=2,
+    encoder_heads=2,
+    encoder_ffn=64,
+    drop_path=0.0,
+    head_width=32,
+    queries=1,
+    tqg_layers=1,
+    tqg_ffn=32,
+    decoder_layers=2,
+    decoder_ffn=32,
+    dropout=0.0,
+    as_released=False,
+)
+SMALL_RUN = [
+    *(f"model.{key}={json.dumps(value)}" for key, value in TINY.items() if key != "queries"),
+    *("data.scenes=60", "train.epochs=2", "train.batch_size=16"),
+]
+
+
+def tiny_model(**changes) -> models.SimVG:
+    torch.manual_seed(0)
+    return models.SimVG(**{**TINY, **changes}).eval()
+
+
+def tiny_inputs(batch: int = 3, words: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images, tokens and padding masks; the texts have 3, 4, 5, ... tokens of `words`."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (batch, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    tokens = torch.randint(3, 162, (batch, words), generator=generator)
+    pad = torch.arange(words) >= torch.arange(3, 3 + batch)[:, None]
+    return images, tokens.masked_fill(pad, 1), pad
+
+
+def program(*arguments: str, cwd: Path, ranks: int = 1, status: int | None = 0) -> subprocess.CompletedProcess:
+    """Run one of the programs as a user would, on one thread a process."""
+    command = command_line(*arguments, ranks=ranks)
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+    assert status is None or done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def command_line(*arguments: str, ranks: int = 1) -> list[str]:
+    script, *rest = arguments
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return [*launcher, str(ROOT / script), *rest]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds data/shapes and data/shapes-grec with 60 scenes, where the programs can be started."""
+    folder = tmp_path_factory.mktemp("shapes")
+    (folder / "data").mkdir()
+    data.make_shapes(folder / "data" / "shapes", 60, grec=False, show=False)
+    data.make_shapes(folder / "data" / "shapes-grec", 60, grec=True, show=False)
+    (folder / "configs.json").symlink_to(ROOT / "configs.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(shapes: Path) -> Path:
+    """A small finished run on shapes."""
+    program("train.py", "--config", "configs.json:shapes", "--set", *SMALL_RUN, "--out", "runs/trained", cwd=shapes)
+    return shapes / "runs" / "trained"
+
+
+def golden(name: str) -> dict:
+    """A golden file: outputs of the official code at commit 29df6a4 on random weights."""
+    if name.endswith(".json"):
+        return json.loads((GOLDEN / name).read_text())
+    with np.load(GOLDEN / name) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def official_state(grec: bool = False) -> dict[str, torch.Tensor]:
+    """The tiny official model's weights."""
+    weights = golden("weights.npz")
+    query = weights.pop("__grec__/head.query_embed.weight")
+    return {**weights, "head.query_embed.weight": query} if grec else weights
+
+
+def official_model(folder: Path, grec: bool = False, **changes) -> models.SimVG:
+    torch.save({"state_dict": official_state(grec)}, folder / "official.pth")
+    return models.load(folder / "official.pth", encoder_heads=4, **changes)

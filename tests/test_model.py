@@ -1,0 +1,177 @@
+"""model.py: the branches, and files that survive a round trip or are refused in one line."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import data
+import model as models
+from conftest import TINY, golden, official_model, official_state, tiny_inputs, tiny_model
+
+
+def test_each_branch_can_be_asked_for_alone_and_answers_the_same():
+    model, inputs = tiny_model(queries=3), tiny_inputs()
+    with torch.no_grad():
+        both = model(*inputs)
+        for branch in ("decoder", "token"):
+            alone = model(*inputs, branch=branch)
+            for name in models.Output._fields:
+                if name.startswith(branch):
+                    torch.testing.assert_close(getattr(alone, name), getattr(both, name))
+                else:
+                    assert getattr(alone, name) is None
+
+
+def test_shapes_of_the_output_are_those_of_the_contract():
+    output = tiny_model(queries=3)(*tiny_inputs())
+    assert [tuple(x.shape) for x in output] == [(2, 3, 3, 2), (2, 3, 3, 4), (3, 3, 2), (3, 3, 4)]
+    assert all((x >= 0).all() and (x <= 1).all() for x in (output.decoder_boxes, output.token_boxes))
+
+
+def test_the_token_branch_runs_without_a_decoder():
+    model = tiny_model()
+    model.decoder_branch = None
+    assert model(*tiny_inputs(), branch="token").token_boxes.shape == (3, 1, 4)
+
+
+def test_padding_never_changes_the_box():
+    model = tiny_model()
+    images, tokens, pad = tiny_inputs()
+    longer = torch.cat([tokens, torch.ones(3, 9, dtype=torch.int64)], dim=1)
+    with torch.no_grad():
+        a, b = model(images, tokens, pad), model(images, longer, longer == 1)
+    torch.testing.assert_close(a.decoder_boxes, b.decoder_boxes)
+    torch.testing.assert_close(a.token_boxes, b.token_boxes)
+
+
+def test_uint8_images_are_normalised_inside_the_model():
+    model = tiny_model()
+    images, tokens, pad = tiny_inputs()
+    by_hand = (images.float() - model.mean) / model.std
+    with torch.no_grad():
+        assert torch.equal(model(images, tokens, pad).token_boxes, model(by_hand, tokens, pad).token_boxes)
+
+
+@pytest.mark.parametrize("branch", ["both", "decoder", "token"])
+def test_every_trained_parameter_gets_a_gradient(branch):
+    model = tiny_model().train()
+    if branch == "decoder":
+        model.token_branch.requires_grad_(False)
+    if branch == "token":
+        model.decoder_branch.requires_grad_(False)
+    output = model(*tiny_inputs(), branch=branch)
+    sum(x.sum() for x in output if x is not None).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_under_autocast_everything_that_makes_a_box_stays_in_float32():
+    model = tiny_model()
+    with torch.no_grad():
+        exact, fast = model(*tiny_inputs()), model(*tiny_inputs(), amp=torch.bfloat16)
+    assert all(x.dtype == torch.float32 for x in fast)
+    assert not torch.equal(exact.token_boxes, fast.token_boxes)
+    torch.testing.assert_close(exact.token_boxes, fast.token_boxes, atol=0.05, rtol=0)
+
+
+def test_a_copy_of_the_model_is_independent():
+    model = tiny_model()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert twin(*tiny_inputs()).token_boxes.std() > 0
+
+
+def checkpoint(model: models.SimVG, **changes) -> dict:
+    config = {"model": {**TINY, **changes}, "data": {}, "train": {}}
+    return {"model": model.state_dict(), "ema": {}, "config": config}
+
+
+def test_an_own_checkpoint_gives_the_same_model_back(tmp_path):
+    model = tiny_model()
+    models.save(tmp_path / "a.pt", checkpoint(model))
+    loaded = models.load(tmp_path / "a.pt")
+    assert not loaded.training
+    with torch.no_grad():
+        assert torch.equal(model(*tiny_inputs()).token_boxes, loaded(*tiny_inputs()).token_boxes)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_averaged_weights_are_taken_where_a_checkpoint_holds_them(tmp_path):
+    model, other = tiny_model(), tiny_model()
+    torch.nn.init.zeros_(other.token_branch.mlp.weight)
+    models.save(tmp_path / "a.pt", checkpoint(model) | {"ema": dict(other.named_parameters())})
+    assert torch.equal(models.load(tmp_path / "a.pt").token_branch.mlp.weight, other.token_branch.mlp.weight)
+
+
+def test_official_files_load_plain_with_a_module_prefix_and_with_averaged_weights(tmp_path):
+    expected = official_model(tmp_path).state_dict()
+    state = official_state()
+    noise = {name: torch.zeros_like(value) for name, value in state.items()}
+    extras = {"head.criterion.empty_weight": torch.tensor([1.0, 0.1])}
+    for file in (
+        {"state_dict": {f"module.{name}": value for name, value in (state | extras).items()}, "epoch": 3},
+        {"state_dict": noise, "ema_state_dict": state},
+    ):
+        torch.save(file, tmp_path / "b.pth")
+        loaded = models.load(tmp_path / "b.pth", encoder_heads=4)
+        assert loaded.tqg.as_released
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+
+
+def test_a_beit3_file_fills_the_encoder_and_resizes_it(tmp_path):
+    state = official_state()
+    beit3 = {n.removeprefix("vis_enc."): v.half() for n, v in state.items() if n.startswith("vis_enc.")}
+    torch.save({"model": beit3}, tmp_path / "beit3_base_patch16_224.zip")
+    sizes = golden("golden.json")["config"]
+    changes = dict(encoder_width=48, encoder_ffn=96, encoder_layers=3, encoder_heads=4, vocab_size=sizes["vocab"])
+    model = tiny_model(image_size=96, patch_size=32, **changes)
+    before = model.tqg.query_embed.weight.clone()
+    report = models.initialise(model, tmp_path / "beit3_base_patch16_224.zip")
+    assert "BEiT-3" in report and "new: everything but the encoder" in report
+    assert torch.equal(model.encoder.text_embed.weight, beit3["beit3.text_embed.weight"].float())
+    assert model.encoder.image_positions.shape == (10, 48) and model.encoder.patch_embed.weight.shape[-1] == 32
+    assert torch.equal(model.tqg.query_embed.weight, before)
+
+
+def test_initialising_fills_every_parameter_that_the_file_has(tmp_path):
+    models.save(tmp_path / "a.pt", checkpoint(tiny_model()))
+    model = tiny_model(image_size=64, queries=5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(torch.nan)
+    report = models.initialise(model, tmp_path / "a.pt")
+    assert "5 here" in report
+    assert {name for name, p in model.named_parameters() if p.isnan().any()} == {"tqg.query_embed.weight"}
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("this code ran",)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "cut", "text", "code", "list", "other", "shape"])
+def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_that_names_it(kind, tmp_path, capsys):
+    path = tmp_path / "x.pt"
+    if kind == "empty":
+        path.touch()
+    elif kind == "cut":
+        models.save(path, checkpoint(tiny_model()))
+        path.write_bytes(path.read_bytes()[:5000])
+    elif kind == "text":
+        path.write_text("<html>not found</html>")
+    elif kind == "code":
+        path.write_bytes(pickle.dumps({"model": Bomb()}))
+    elif kind == "list":
+        torch.save([1, 2], path)
+    elif kind == "other":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif kind == "shape":
+        models.save(path, checkpoint(tiny_model(), encoder_width=64))
+    with pytest.raises(data.InputError) as error:
+        models.load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert "this code ran" not in capsys.readouterr().out
