@@ -311,7 +311,7 @@ def jitter(image: Tensor, boxes: Tensor, limits: tuple[float, float], long_side:
     if scale <= 1:
         factor = scale * long_side / max(height, width)
         new_height, new_width = (max(1, int(side * factor + 0.5)) for side in (height, width))
-        return resize(image, new_height, new_width), boxes * torch.tensor([new_width / width, new_height / height] * 2)
+        return resize(image, new_height, new_width), boxes * boxes.new_tensor([new_width / width, new_height / height] * 2)
     crop_height, crop_width = max(1, round(height / scale)), max(1, round(width / scale))
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     for threshold in (0.9, 0.8, 0.7, 0.6, 0.5):

@@ -49,7 +49,9 @@ def main() -> None:
     state = found_run(out, config, args.resume)
 
     # 2. data, model, optimiser
-    make_embedded_set(config["data"], rank)
+    if rank == 0:
+        make_embedded_set(config["data"])
+    wait_for_all()
     rows = data.read_rows(config["data"], "train")
     train_set = data.Dataset(rows, config["model"]["image_size"], settings["seed"], config["data"]["jitter"])
     splits = {split: evaluate.load_split(config, split) for split in config["data"]["eval_splits"]}
@@ -134,6 +136,7 @@ def main() -> None:
     bar.close()
 
     # 4. what came out: the best checkpoint on every split
+    wait_for_all()
     model = models.load(out / "best.pt", device)
     for split, dataset in splits.items():
         found = evaluate.evaluate(model, dataset, collate, branch, amp=amp, title=split)
@@ -290,9 +293,14 @@ def join_ranks() -> tuple[int, int, torch.device]:
     return (dist.get_rank() if world > 1 else 0), world, device
 
 
-def leave(status: int) -> None:
+def wait_for_all() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def leave(status: int) -> None:
+    wait_for_all()
+    if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)
 
@@ -350,14 +358,11 @@ def restore(
     return {name: state[name] for name in ("epoch", "step_in_epoch", "step", "best")}
 
 
-def make_embedded_set(section: dict, rank: int) -> None:
-    """Write the shapes set on first use, on one rank."""
-    if section["generate"]:
-        folder = Path(section["images"]).parent
-        if rank == 0 and not folder.exists():
-            data.make_shapes(folder, section["scenes"], grec=section["generate"] == "shapes-grec")
-        if dist.is_initialized():
-            dist.barrier()
+def make_embedded_set(section: dict) -> None:
+    """Write the shapes set on first use."""
+    folder = Path(section["images"]).parent
+    if section["generate"] and not folder.exists():
+        data.make_shapes(folder, section["scenes"], grec=section["generate"] == "shapes-grec")
 
 
 class Log:

@@ -1,0 +1,345 @@
+"""data.py: what is read is right or refused with file and line, and boxes stay with their pixels."""
+
+import io
+import json
+import random
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+
+import data
+from conftest import ROOT, golden
+
+CONFIGS = f"{ROOT}/configs.json"
+
+
+# ---- configs
+
+
+def test_every_config_resolves_and_no_fragment_goes_unused():
+    entries = json.loads((ROOT / "configs.json").read_text())
+    used = {part for parts in entries.values() if isinstance(parts, list) for part in parts}
+    for name, parts in entries.items():
+        config = data.load_config(f"{CONFIGS}:{name}")
+        assert config.keys() == {"model", "data", "train"}
+        assert isinstance(parts, list) or name == "default" or name in used
+
+
+def test_no_fragment_repeats_a_default():
+    entries = json.loads((ROOT / "configs.json").read_text())
+    undo = {"factors-2-1", "no-warmup"}  # they take back what a fragment before them has changed
+    for name, sections in entries.items():
+        if isinstance(sections, dict) and name != "default" and name not in undo:
+            for section, keys in sections.items():
+                for key, value in keys.items():
+                    assert value != entries["default"][section][key], f"{name}: {section}.{key}"
+
+
+def test_overrides_come_last_and_whole_numbers_serve_as_floats():
+    config = data.load_config(f"{CONFIGS}:refcoco-large", ["train.lr=1", "data.jitter=null", "data.images=photos"])
+    assert config["train"]["lr"] == 1.0 and isinstance(config["train"]["lr"], float)
+    assert config["data"]["jitter"] is None and config["data"]["images"] == "photos"
+    assert config["model"]["encoder_layers"] == 24
+
+
+@pytest.mark.parametrize(
+    ("spec", "overrides", "expected"),
+    [
+        ("refcocoo", [], "'refcoco"),
+        ("refcoco", ["train.lrr=1"], "'train.lr'"),
+        ("refcoco", ["trian.lr=1"], "'train.lr'"),
+        ("refcoco", ["train.lr=fast"], "a number"),
+        ("refcoco", ["train.epochs=1.5"], "an integer"),
+        ("refcoco", ["train.epochs=true"], "an integer"),
+        ("refcoco", ["train.ema=1"], "true or false"),
+        ("refcoco", ["train.lr=null"], "a number"),
+        ("refcoco", ["data.eval_splits=val"], "a list"),
+        ("refcoco", ["train.lr"], "section.key=value"),
+    ],
+)
+def test_a_mistake_in_a_config_names_the_nearest_right_thing(spec, overrides, expected):
+    with pytest.raises(data.InputError) as error:
+        data.load_config(f"{CONFIGS}:{spec}", overrides)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- text
+
+
+def small_tokenizer(path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the left dog", "the red circle", "a dog left of the circle"] * 5),
+        model_writer=model,
+        vocab_size=40,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return data.Tokenizer(path)
+
+
+def test_token_ids_are_the_pieces_plus_one_between_bos_and_eos_with_unknown_as_three(tmp_path):
+    tokenizer = small_tokenizer(tmp_path / "a.spm")
+    tokens, pad = tokenizer(["the dog", "the 犬"], max_tokens=12)
+    pieces = tokenizer.model.encode("the dog")
+    assert tokens[0].tolist() == [0, *(p + 1 for p in pieces), 2] + [1] * (10 - len(pieces))
+    assert torch.equal(pad, tokens == 1) and 3 in tokens[1] and tokens.dtype == torch.int64
+
+
+def test_long_texts_are_cut_and_still_end_with_eos(tmp_path):
+    tokens, pad = small_tokenizer(tmp_path / "a.spm")(["the left dog " * 20], max_tokens=8)
+    assert tokens.shape == (1, 8) and tokens[0, -1] == 2 and not pad.any()
+
+
+def test_cleaning_lowers_the_case_drops_punctuation_and_splits_at_hyphens():
+    assert data.clean('The LEFT-most "dog", with/out hat!') == "the left most dog with out hat"
+
+
+def test_the_golden_texts_give_the_official_ids_through_the_real_tokenizer():
+    path = ROOT / "data" / "beit3.spm"
+    if not path.exists():
+        pytest.skip("needs data/beit3.spm, which is not part of the project")
+    tokenizer = data.Tokenizer(path)
+    for case in golden("golden.json")["tokenizer"]["cases"]:
+        assert data.clean(case["text"]) == case["cleaned"]
+        tokens, pad = tokenizer([case["text"]])
+        assert tokens[0].tolist() == case["ids"] and pad[0].int().tolist() == case["padding_mask"]
+
+
+# ---- rows
+
+
+def section(folder, name="rows.jsonl"):
+    return {"annotations": str(folder / name), "images": str(folder), "sources": {"vg": f"{folder}/vg/{{}}.jpg"}}
+
+
+GOOD = {"image": "a.jpg", "expressions": ["the dog", "a dog"], "boxes": [[1, 2, 30, 40]], "width": 64, "height": 48}
+
+
+def test_a_row_may_have_one_several_or_no_boxes_and_several_expressions(tmp_path):
+    lines = [GOOD, {**GOOD, "boxes": []}, {**GOOD, "boxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "source": "vg"}]
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(json.dumps(row) for row in lines) + "\n")
+    one, none, several = data.read_rows(section(tmp_path), "train")
+    assert one.choices == (("the dog", ((1, 2, 30, 40),)), ("a dog", ((1, 2, 30, 40),)))
+    assert none.choices[0][1] == () and len(several.choices[0][1]) == 2
+    assert several.image == str(tmp_path / "vg" / "a.jpg") and several.where.endswith("rows.jsonl:5")
+    assert [row.choices[0][0] for row in data.expand([one])] == ["the dog", "a dog"]
+
+
+def test_an_official_file_is_read_split_by_split_with_its_image_names(tmp_path):
+    row = {"bbox": [1, 2, 30, 40], "image_id": 154, "height": 48, "width": 64, "expressions": ["x", "y"]}
+    (tmp_path / "instances.json").write_text(json.dumps({"train": [row], "val": [{**row, "expressions": ["z"]}]}))
+    about = section(tmp_path, "instances.json") | {"images": "root/COCO_train2014_{:012d}.jpg"}
+    (found,) = data.read_rows(about, "val")
+    assert found.image == "root/COCO_train2014_000000000154.jpg" and found.choices[0][0] == "z"
+    with pytest.raises(data.InputError, match="'testA'.*train, val"):
+        data.read_rows(about, "testA")
+
+
+def test_in_the_official_grefcoco_file_each_expression_has_its_own_boxes_or_none(tmp_path):
+    row = {
+        **{"image_id": 1, "height": 48, "width": 64, "expressions": ["both", "nothing"]},
+        "bbox": [[[1, 2, 3, 4], [5, 6, 7, 8]], [[0, 0, 0, 0]]],
+        "annotations": [[{"category_id": 1}, {"category_id": 1}], [{"category_id": -1}]],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps({"train": [row]}))
+    (found,) = data.read_rows(section(tmp_path, "instances.json") | {"images": "{}.jpg"}, "train")
+    assert [len(boxes) for _, boxes in found.choices] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *("{", "[]", "{}", '"a"', "null"),
+        {**GOOD, "image": 3},
+        {**GOOD, "expressions": []},
+        {**GOOD, "expressions": "the dog"},
+        {**GOOD, "expressions": ["  "]},
+        {**GOOD, "expressions": ["?!"]},
+        {**GOOD, "expressions": [None]},
+        {**GOOD, "boxes": [1, 2, 3, 4]},
+        {**GOOD, "boxes": [[1, 2, 3]]},
+        {**GOOD, "boxes": [[1, 2, "3", 4]]},
+        {**GOOD, "boxes": [[1, 2, float("nan"), 4]]},
+        {**GOOD, "boxes": [[1, 2, 0, 4]]},
+        {**GOOD, "boxes": [[10, 10, -5, 4]]},
+        {**GOOD, "boxes": [[60, 10, 30, 4]]},
+        {**GOOD, "boxes": [[-9, 10, 30, 4]]},
+        {**GOOD, "width": 0},
+        {**GOOD, "width": "64"},
+        {**GOOD, "source": "nowhere"},
+    ],
+)
+def test_a_malformed_row_is_refused_with_file_and_line(bad, tmp_path):
+    text = bad if isinstance(bad, str) else json.dumps(bad)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD) + "\n" + text + "\n")
+    with pytest.raises(data.InputError) as error:
+        data.read_rows(section(tmp_path), "train")
+    assert f"{tmp_path}/rows.jsonl:2" in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- images
+
+
+def save_image(path, size=(64, 48), color=(200, 30, 30), **options):
+    Image.new("RGB", size, color).save(path, **options)
+    return str(path)
+
+
+def test_grey_and_palette_images_become_rgb(tmp_path):
+    Image.new("L", (8, 6), 77).save(tmp_path / "grey.png")
+    image = data.read_image(str(tmp_path / "grey.png"))
+    assert image.shape == (3, 6, 8) and (image == 77).all() and image.dtype == torch.uint8
+
+
+def test_an_image_is_turned_upright_as_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save_image(tmp_path / "a.jpg", exif=exif)
+    assert data.read_image(path, (48, 64)).shape == (3, 64, 48)
+
+
+def test_an_image_of_another_size_than_its_row_states_is_refused(tmp_path):
+    with pytest.raises(data.InputError, match="64 x 48, the row says 48 x 64"):
+        data.read_image(save_image(tmp_path / "a.jpg"), (48, 64), "rows:3")
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "cut", "bomb"])
+def test_an_image_that_cannot_be_read_is_one_line_that_names_row_and_file(kind, tmp_path, monkeypatch):
+    path = tmp_path / "a.jpg"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("hello")
+    elif kind in ("cut", "bomb"):
+        save_image(path)
+        path.write_bytes(path.read_bytes()[: -40 if kind == "cut" else None])
+        monkeypatch.setattr(data, "MAX_PIXELS", 100 if kind == "bomb" else data.MAX_PIXELS)
+    with pytest.raises(data.InputError) as error:
+        data.read_image(str(path), None, "rows.jsonl:7")
+    assert "rows.jsonl:7" in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_drawn_square_lies_under_its_box_after_jitter_and_no_box_loses_more_than_half():
+    rng = random.Random(0)
+    for _ in range(400):
+        width, height = rng.randint(60, 200), rng.randint(60, 200)
+        w, h = rng.randint(6, int(0.9 * width)), rng.randint(6, int(0.9 * height))
+        x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        image[:, y : y + h, x : x + w] = 255
+        box = torch.tensor([[x, y, x + w, y + h]], dtype=torch.float64)
+        seen, moved = data.jitter(image, box, (0.3, 1.4), 160, rng)
+        x1, y1, x2, y2 = moved[0].tolist()
+        assert 0 <= x1 < x2 <= seen.shape[2] and 0 <= y1 < y2 <= seen.shape[1]
+        rows, columns = np.nonzero(seen[0].numpy() > 127)
+        assert abs(columns.min() - x1) <= 1 and abs(columns.max() + 1 - x2) <= 1
+        assert abs(rows.min() - y1) <= 1 and abs(rows.max() + 1 - y2) <= 1
+
+
+def test_jitter_keeps_half_of_every_one_of_many_boxes():
+    rng = random.Random(1)
+    boxes = torch.tensor([[5.0, 5, 25, 25], [60, 60, 95, 95]])
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    for _ in range(200):
+        image, moved = data.jitter(torch.zeros(3, 100, 100, dtype=torch.uint8), boxes, (1.01, 3.0), 100, rng)
+        kept = (moved[:, 2:] - moved[:, :2]).prod(1)
+        assert (kept >= 0.5 * area - 1e-3).all()
+
+
+# ---- examples and batches
+
+
+def test_the_same_epoch_and_index_give_the_same_example_and_other_epochs_other_ones(shapes):
+    dataset = shapes_dataset(shapes, jitter=(0.5, 1.5))
+    first, again = dataset[3, 5], dataset[3, 5]
+    assert torch.equal(first[0], again[0]) and first[1] == again[1] and torch.equal(first[2], again[2])
+    assert any(not torch.equal(dataset[e, 5][0], first[0]) for e in range(3))
+
+
+def shapes_dataset(shapes, kind="shapes", split="train", **options):
+    about = {"annotations": f"{shapes}/data/{kind}/{{split}}.jsonl", "images": f"{shapes}/data/{kind}/images", "sources": {}}
+    return data.Dataset(data.read_rows(about, split), 48, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_hold_padded_targets_whatever_the_number_of_workers(shapes, workers):
+    dataset = shapes_dataset(shapes, "shapes-grec")
+    collate = data.Collate(data.Tokenizer(shapes / "data/shapes-grec/shapes.spm"), 10)
+    keys = [[(0, i) for i in range(s, s + 8)] for s in (0, 8)]
+    for batch, expected in zip(data.batches(dataset, collate, keys, workers), keys, strict=True):
+        assert batch.index == [i for _, i in expected] and batch.images.dtype == torch.uint8
+        counts = [len(dataset.rows[i].choices[0][1]) for i in batch.index]
+        assert batch.box_mask.sum(1).tolist() == counts and batch.boxes.shape[1] == max(1, *counts)
+        assert (batch.boxes[~batch.box_mask] == 0).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_in_a_worker_is_still_one_line_that_names_its_row(shapes, workers, tmp_path):
+    dataset = shapes_dataset(shapes)
+    dataset.rows[2] = data.Row(str(tmp_path / "gone.jpg"), *(getattr(dataset.rows[2], f) for f in ("choices", "size", "kind", "where")))
+    collate = data.Collate(data.Tokenizer(shapes / "data/shapes/shapes.spm"), 10)
+    with pytest.raises(data.InputError) as error:
+        list(data.batches(dataset, collate, [[(0, 2)]], workers))
+    assert "train.jsonl:3" in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- the embedded set
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_every_expression_of_a_scene_is_true_of_exactly_the_things_it_names(kind):
+    for number in range(60):
+        _, things = data.draw_scene(random.Random(number), data.EVAL_COUNTS)
+        for text, named in data.phrases(things, kind):
+            assert sorted(named) == sorted(understood(text, things)), (text, things)
+
+
+def understood(text: str, things: list[data.Thing]) -> list[int]:
+    """A second reader of the little language, written the other way round: from the words to the things."""
+    for relation, (axis, sign) in data.RELATIONS.items():
+        if f" {relation} the " in text:
+            left, right = text.removeprefix("the ").split(f" {relation} the ")
+            (anchor,) = fitting(right, things)
+            place = getattr(things[anchor], axis)
+            return [i for i in fitting(left, things) if i != anchor and sign * (getattr(things[i], axis) - place) > 0]
+    words = text.split()[1:]
+    if words[0] in data.SUPERLATIVES:
+        axis, sign, _ = data.SUPERLATIVES[words[0]]
+        group = fitting(" ".join(words[1:]), things)
+        return [max(group, key=lambda i: sign * getattr(things[i], axis))] if group else []
+    return fitting(" ".join(words), things)
+
+
+def fitting(noun: str, things: list[data.Thing]) -> list[int]:
+    return [i for i, t in enumerate(things) if set(noun.split()) <= {t.color, t.shape, "object"}]
+
+
+def test_the_splits_share_no_scene_and_every_kind_is_there(shapes):
+    seen = {}
+    for split in ("train", "val", "test"):
+        dataset = shapes_dataset(shapes, split=split)
+        seen[split] = {row.image for row in dataset.rows}
+        assert {row.kind for row in dataset.rows} == set(data.KINDS)
+        pixels = {data.read_image(image).numpy().tobytes() for image in seen[split]}
+        seen[split] = pixels
+    assert not seen["train"] & seen["val"] and not seen["train"] & seen["test"] and not seen["val"] & seen["test"]
+
+
+def test_the_grec_set_has_expressions_with_no_one_and_several_targets(shapes):
+    counts = {min(2, len(row.choices[0][1])) for row in shapes_dataset(shapes, "shapes-grec", "val").rows}
+    assert counts == {0, 1, 2}
+
+
+def test_making_the_set_twice_gives_the_same_files(tmp_path):
+    for name in ("a", "b"):
+        data.make_shapes(tmp_path / name, 12, grec=True, show=False)
+    names = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert len(names) > 12
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)

@@ -1,0 +1,190 @@
+"""train.py: ranks, stops and restarts change nothing; every regime is one command."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import evaluate
+import losses
+import model as models
+import train
+from conftest import ROOT, SMALL_RUN, command_line, environment, program, tiny_model
+
+EXACT = ["model.dropout=0.0", "train.epochs=1", "train.eps=1e-6"]
+
+
+def start(shapes: Path, out: str, *more: str, config: str = "shapes", ranks: int = 1, **options):
+    settings = [*SMALL_RUN, *(m for m in more if "=" in m)]
+    flags = [m for m in more if "=" not in m]
+    line = ["train.py", "--config", f"configs.json:{config}", "--out", f"runs/{out}", *flags, "--set", *settings]
+    return program(*line, cwd=shapes, ranks=ranks, **options)
+
+
+def last(shapes: Path, out: str) -> dict:
+    return models.read_checkpoint(shapes / "runs" / out / "last.pt")
+
+
+def rows(shapes: Path, out: str) -> list[dict]:
+    return [json.loads(line) for line in (shapes / "runs" / out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_weights_figures_and_pictures(trained):
+    assert {p.name for p in trained.iterdir()} == {
+        *("config.json", "metrics.jsonl", "last.pt", "best.pt", "curves.png", "samples.png")
+    }
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [r["split"] for r in records if r["split"] != "train"] == ["val", "val", "val", "test"]
+    assert {"n", "decoder_acc", "token_acc", "epoch", "step"} <= records[-1].keys()
+    assert json.loads((trained / "config.json").read_text())["train"]["epochs"] == 2
+
+
+def test_a_training_row_holds_losses_weight_rates_norm_and_speed(shapes):
+    start(shapes, "rows", "train.batch_size=4", "train.epochs=1")
+    row = next(r for r in rows(shapes, "rows") if r["split"] == "train")
+    names = {"decoder", "token_on_truth", "token_on_teacher", "teacher_weight", "total", "grad_norm"}
+    assert names | {"lr", "lr_encoder", "samples_per_s", "data_wait"} <= row.keys()
+    assert row["total"] == pytest.approx(row["decoder"] + row["token_on_truth"] + row["token_on_teacher"], rel=1e-4)
+
+
+def test_a_folder_that_holds_a_run_is_refused_in_one_line(shapes, trained):
+    done = start(shapes, "trained", status=2)
+    assert "holds a run already" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("grec", [False, True])
+def test_two_ranks_with_half_the_batch_give_the_weights_of_one(shapes, grec):
+    config = "shapes-grec" if grec else "shapes"
+    short = [*EXACT, "data.scenes=60", "train.batch_size=32"]
+    start(shapes, f"one{grec}", *short, config=config)
+    start(shapes, f"two{grec}", *short, config=config, ranks=2)
+    one, two = last(shapes, f"one{grec}"), last(shapes, f"two{grec}")
+    assert one["step"] == two["step"] >= 4
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, atol=1e-6, rtol=0, msg=name)
+
+
+def test_micro_batches_give_the_weights_of_the_whole_batch(shapes):
+    short = [*EXACT, "train.loss_token_on_teacher=null"]  # the weight W_dt is one number a micro-batch
+    start(shapes, "whole", *short)
+    start(shapes, "parts", *short, "train.micro_batch=4")
+    for name, value in last(shapes, "whole")["model"].items():
+        torch.testing.assert_close(last(shapes, "parts")["model"][name], value, atol=1e-6, rtol=0, msg=name)
+
+
+def interrupted(shapes: Path, out: str, number: int, after: float, resume: bool = False) -> int:
+    """Start the run, send a signal after some seconds, return its exit status."""
+    line = ["train.py", "--config", "configs.json:shapes", "--out", f"runs/{out}", "--set", *SMALL_RUN, *LONGER]
+    line += ["--resume"] if resume else []
+    process = subprocess.Popen(
+        command_line(*line), cwd=shapes, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not (shapes / "runs" / out / "config.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(after)
+    process.send_signal(number)
+    return process.wait(60)
+
+
+LONGER = ["train.epochs=6", "train.batch_size=4", "model.dropout=0.1", "train.ema=true", "train.save_minutes=0.005"]
+
+
+def test_a_run_that_was_stopped_and_killed_ends_with_bitwise_the_same_weights(shapes):
+    start(shapes, "straight", *LONGER)
+    rng = random.Random(0)
+    assert interrupted(shapes, "broken", signal.SIGTERM, 1.0) == 128 + signal.SIGTERM
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        interrupted(shapes, "broken", number, rng.uniform(2.0, 4.0), resume=True)
+        if (shapes / "runs/broken/last.pt").exists():
+            last(shapes, "broken")  # never a half-written file
+    start(shapes, "broken", *LONGER, "--resume")
+    a, b = last(shapes, "straight"), last(shapes, "broken")
+    assert a["step"] == b["step"] and a["best"] == b["best"]
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, b[part][name]) for name, value in a[part].items())
+    clean = [{k: v for k, v in r.items() if k not in ("samples_per_s", "data_wait")} for r in rows(shapes, "straight")]
+    steps = [(r["split"], r["step"]) for r in clean]
+    assert steps == [(r["split"], r["step"]) for r in rows(shapes, "broken")]
+
+
+def test_a_resumed_run_may_not_change_its_settings(shapes, trained):
+    done = start(shapes, "trained", "--resume", "train.lr=0.5", status=2)
+    assert "train.lr" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_two_stages_train_the_decoder_first_and_then_both(shapes):
+    start(shapes, "stage1", "train.epochs=1", config="shapes-stage1")
+    figures = rows(shapes, "stage1")[-1]
+    assert "decoder_acc" in figures and "token_acc" not in figures
+    done = start(shapes, "stage2", "train.epochs=1", "--init", "runs/stage1/best.pt", config="shapes-stage2")
+    assert "SimVG checkpoint" in done.stdout and "token_acc" in rows(shapes, "stage2")[-1]
+    refused = program("evaluate.py", "--ckpt", "runs/stage1/best.pt", "--branch", "token", cwd=shapes, status=2)
+    assert "never trained" in refused.stderr
+
+
+def test_the_grec_set_trains_and_reports_f1_and_n_acc(shapes):
+    start(shapes, "grec", "train.epochs=1", config="shapes-grec")
+    assert {"n_none", "decoder_f1", "decoder_nacc", "token_f1", "token_nacc"} <= rows(shapes, "grec")[-1].keys()
+
+
+def test_evaluation_on_1_2_and_3_ranks_prints_the_same_numbers(shapes, trained):
+    printed = [
+        [line for line in program("evaluate.py", "--ckpt", "runs/trained/best.pt", cwd=shapes, ranks=n).stdout.splitlines()]
+        for n in (1, 2, 3)
+    ]
+    assert printed[0] == printed[1] == printed[2]
+    assert json.loads(printed[0][-1])["n"] == 60
+
+
+def test_a_small_model_learns_a_few_expressions_by_heart(shapes):
+    config = data.load_config(f"{ROOT}/configs.json:shapes")
+    config["data"] |= {"annotations": f"{shapes}/data/shapes/{{split}}.jsonl", "images": f"{shapes}/data/shapes/images"}
+    tokenizer = data.Tokenizer(shapes / "data/shapes/shapes.spm")
+    dataset = data.Dataset(data.expand(data.read_rows(config["data"], "train"))[:8], 32)
+    collate = data.Collate(tokenizer, 10)
+    batch = collate([dataset[0, i] for i in range(8)])
+    model = tiny_model().train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(250):
+        loss = losses.simvg_loss(model(batch.images, batch.tokens, batch.text_pad), batch.boxes, batch.box_mask)["total"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found = evaluate.evaluate(model, dataset, collate)
+    assert evaluate.summary(found, dataset.rows, grec=False) == {"n": 8, "decoder_acc": 1.0, "token_acc": 1.0}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(shapes, tmp_path):
+    broken = tiny_model()
+    torch.nn.init.constant_(broken.encoder.text_embed.weight, torch.nan)
+    models.save(tmp_path / "nan.pt", {"model": broken.state_dict(), "ema": {}, "config": {"model": {}}})
+    done = start(shapes, "nan", "--init", str(tmp_path / "nan.pt"), status=2)
+    assert "not finite" in done.stderr and "train.jsonl:" in done.stderr
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_one_line():
+    with pytest.raises(data.InputError, match="cannot be shared"):
+        train.micro_batch(32, 32, 3)
+    assert [train.micro_batch(32, 8, 1), train.micro_batch(12, 8, 1), train.micro_batch(32, 64, 2)] == [8, 6, 16]
+
+
+def test_every_epoch_walks_through_all_rows_whatever_the_ranks_and_micro_batches():
+    settings = {"batch_size": 8, "seed": 1, "epochs": 2}
+    whole = [sorted(sum(data.StepKeys(20, settings, 8, (e, 0), 0, 1), [])) for e in (0, 1)]
+    assert {i for _, i in whole[1]} == set(range(20))
+    per_rank = [list(data.StepKeys(20, settings, 2, (1, 0), rank, 2)) for rank in (0, 1)]
+    assert sorted(sum(sum(per_rank, []), [])) == whole[1]
+    resumed = list(data.StepKeys(20, settings, 8, (0, 2), 0, 1))
+    assert resumed == list(data.StepKeys(20, settings, 8, (0, 0), 0, 1))[2:]
+
+
+def test_signals_are_only_looked_at_between_steps():
+    assert not train.any_stopped([], 5, 1, torch.device("cpu"))
+    assert train.any_stopped([15], 5, 1, torch.device("cpu"))
