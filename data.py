@@ -233,7 +233,7 @@ def check_box(box: object, size: tuple[int, int] | None, where: str) -> None:
         raise InputError(f"{where}: box {list(box)} has no area (expected [x, y, w, h] in pixels)")
     if size and (x < -2 or y < -2 or x + w > size[0] + 2 or y + h > size[1] + 2):
         raise InputError(
-            f"{where}: box {list(box)} lies outside the image of {size[0]} x {size[1]} (expected [x, y, w, h] in pixels)"
+            f"{where}: box {list(box)} lies outside the image of {size[0]} x {size[1]} pixels (expected [x, y, w, h])"
         )
 
 
@@ -311,7 +311,9 @@ def jitter(image: Tensor, boxes: Tensor, limits: tuple[float, float], long_side:
     if scale <= 1:
         factor = scale * long_side / max(height, width)
         new_height, new_width = (max(1, int(side * factor + 0.5)) for side in (height, width))
-        return resize(image, new_height, new_width), boxes * boxes.new_tensor([new_width / width, new_height / height] * 2)
+        return resize(image, new_height, new_width), boxes * boxes.new_tensor(
+            [new_width / width, new_height / height] * 2
+        )
     crop_height, crop_width = max(1, round(height / scale)), max(1, round(width / scale))
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     for threshold in (0.9, 0.8, 0.7, 0.6, 0.5):

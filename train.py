@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,149 +36,170 @@ LOG_EVERY = 20  # steps between two training rows of metrics.jsonl
 AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@dataclass
+class Run:
+    """Everything one process of a training run works with."""
+
+    config: dict
+    out: Path
+    rank: int
+    world: int
+    model: models.SimVG  # what is saved and evaluated
+    wrapped: nn.Module  # the same model, in DDP where there are several ranks: what is trained
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: dict[str, Tensor]  # averaged weights; empty without train.ema
+    branch: str
+    amp: torch.dtype | None
+    stopped: list[int] = field(default_factory=list)  # signals received
+    progress: dict = field(default_factory=lambda: {"epoch": 0, "step_in_epoch": 0, "step": 0, "best": -1.0})
+
+
 def main() -> None:
     # 1. what to run, and who we are
     args = parse_arguments()
     config = data.load_config(args.config, args.set)
-    settings, amp = config["train"], amp_dtype(config["train"]["amp"])
+    settings, section = config["train"], config["data"]
     out = Path(args.out or f"runs/{args.config.rpartition(':')[2]}")
-    stopped: list[int] = []  # signals received; looked at between steps
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: stopped.append(received))
     rank, world, device = join_ranks()
     micro = micro_batch(settings["batch_size"], settings["micro_batch"], world)
     state = found_run(out, config, args.resume)
+    if rank == 0:
+        make_embedded_set(section)
+    wait_for_all()
 
     # 2. data, model, optimiser
-    if rank == 0:
-        make_embedded_set(config["data"])
-    wait_for_all()
-    rows = data.read_rows(config["data"], "train")
-    train_set = data.Dataset(rows, config["model"]["image_size"], settings["seed"], config["data"]["jitter"])
-    splits = {split: evaluate.load_split(config, split) for split in config["data"]["eval_splits"]}
+    rows = data.read_rows(section, "train")
+    train_set = data.Dataset(rows, config["model"]["image_size"], settings["seed"], section["jitter"])
+    splits = {split: evaluate.load_split(config, split) for split in section["eval_splits"]}
     collate = evaluate.load_collate(config)
-    torch.manual_seed(settings["seed"])
-    model = models.SimVG(**config["model"])
-    if args.init and not state:
-        report = models.initialise(model, args.init)
+    run = build(config, out, rank, world, device)
+    if state:
+        restore(run, state)
+    elif args.init:
+        report = models.initialise(run.model, args.init)
         if rank == 0:
             print(report)
-    branch = evaluate.trained_branch(settings)
-    if branch == "decoder":
-        model.token_branch.requires_grad_(False)  # DDP waits for every gradient it was promised
-    model.to(device)
-    optimizer = make_optimizer(model, settings)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    ema = {name: p.detach().clone() for name, p in model.named_parameters()} if settings["ema"] else {}
-    progress = {"epoch": 0, "step_in_epoch": 0, "step": 0, "best": -1.0}
-    if state:
-        progress = restore(state, model, optimizer, scaler, ema)
+    if settings["ema"] and not run.ema:
+        run.ema |= {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+    # 3. the loop
+    start = run.progress["epoch"], run.progress["step_in_epoch"]
+    keys = data.StepKeys(len(rows), settings, micro, start, rank, world)
+    stream = data.batches(train_set, collate, keys, section["workers"], pin=device.type == "cuda")
+    per_step = settings["batch_size"] // world // micro  # micro-batches of one rank
+    log = Log(run, keys.steps)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: run.stopped.append(received))
+    while run.progress["epoch"] < settings["epochs"]:
+        train_epoch(run, stream, per_step, keys.steps, log, rows)
+        if is_due(run.progress["epoch"], settings):
+            first = section["eval_splits"][0]
+            validate(run, first, splits[first], collate, log)
+        save_last(run)
+
+    # 4. what came out
+    log.bar.close()
+    wait_for_all()
+    report_best(run, rows, splits, collate, log)
+    leave(0)
+
+
+def build(config: dict, out: Path, rank: int, world: int, device: torch.device) -> Run:
+    """A new run: model, DDP, optimiser."""
+    settings = config["train"]
+    if settings["amp"] not in AMP:
+        raise InputError(f'train.amp must be "" (float32), "bf16" or "fp16", not {settings["amp"]!r}')
+    amp, branch = AMP[settings["amp"]], evaluate.trained_branch(settings)
+    torch.manual_seed(settings["seed"])
+    model = models.SimVG(**config["model"]).to(device)
+    # DDP waits for every gradient it was promised, so an idle branch must not promise any
+    model.token_branch.requires_grad_(branch != "decoder")
+    model.decoder_branch.requires_grad_(branch != "token")
     wrapped = model
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    return Run(config, out, rank, world, model, wrapped, make_optimizer(model, settings), scaler, {}, branch, amp)
 
-    # 3. the loop
-    first = config["data"]["eval_splits"][0]
-    log = Log(out, config, rank, progress)
-    start = progress["epoch"], progress["step_in_epoch"]
-    keys = data.StepKeys(len(rows), settings, micro, start, rank, world)
-    stream = data.batches(train_set, collate, keys, config["data"]["workers"], pin=device.type == "cuda")
-    per_step = settings["batch_size"] // world // micro  # micro-batches of a rank
-    total = settings["epochs"] * keys.steps
-    bar = tqdm(total=total, initial=progress["step"], disable=None if rank == 0 else True, unit="step")
 
-    def save_last() -> None:
-        if rank == 0:
-            parts = {"model": model.state_dict(), "ema": ema, "optimizer": optimizer.state_dict()}
-            models.save(out / "last.pt", {**parts, "scaler": scaler.state_dict(), "config": config, **progress})
-
+def train_epoch(run: Run, stream: Iterator, per_step: int, steps: int, log: "Log", rows: Sequence[data.Row]) -> None:
+    """From the current step to the end of the epoch, or to a signal."""
+    settings, progress, device = run.config["train"], run.progress, run.model.mean.device
     saved = time.monotonic()
-    model.train()
-    while progress["epoch"] < settings["epochs"]:
-        while progress["step_in_epoch"] < keys.steps:
-            began = time.monotonic()
-            batch = [next(stream).to(device) for _ in range(per_step)]
-            waited = time.monotonic() - began
-            set_learning_rate(optimizer, settings, progress, keys.steps)
-            torch.manual_seed(hash((settings["seed"], progress["step"], rank)))  # dropout and drop path
-            terms = train_step(model, wrapped, batch, optimizer, scaler, settings, branch, amp)
-            if scaler.is_enabled() or terms["grad_norm"].isfinite():
-                progress["step"] += 1
-                progress["step_in_epoch"] += 1
-            else:
-                examples = ", ".join(rows[i].where for b in batch for i in b.index[:3])
-                raise InputError(f"step {progress['step']}: loss or gradient is not finite; rows {examples}, ...")
-            update_ema(ema, model, settings["ema_decay"], progress["step"])
-            log.step(terms, waited, time.monotonic() - began, optimizer, progress)
-            bar.update()
-            if any_stopped(stopped, progress["step"], world, device):
-                save_last()
-                bar.close()
-                if rank == 0:
-                    print(f"stopped after step {progress['step']}; --resume goes on", file=sys.stderr)
-                leave(128 + (stopped or [signal.SIGTERM])[0])
-            if time.monotonic() - saved > 60 * settings["save_minutes"]:
-                save_last()
-                saved = time.monotonic()
-        progress |= {"epoch": progress["epoch"] + 1, "step_in_epoch": 0}
-        if is_due(progress["epoch"], settings):
-            with averaged(model, ema):
-                found = evaluate.evaluate(model, splits[first], collate, branch, amp=amp, title=first)
-                figures = evaluate.summary(found, splits[first].rows, config["model"]["queries"] > 1)
-                if selection(figures) > progress["best"]:
-                    progress["best"] = selection(figures)
-                    if rank == 0:
-                        best = {"model": model.state_dict(), "ema": {}, "config": config, "figures": figures}
-                        models.save(out / "best.pt", {**best, **progress})
-            log.figures(first, figures, progress)
-        save_last()
-        saved = time.monotonic()
-    bar.close()
+    run.model.train()
+    while progress["step_in_epoch"] < steps:
+        began = time.monotonic()
+        batch = [next(stream).to(device) for _ in range(per_step)]
+        waited = time.monotonic() - began
+        set_learning_rate(run.optimizer, settings, progress, steps)
+        torch.manual_seed(hash((settings["seed"], progress["step"], run.rank)))  # dropout and drop path
+        terms = train_step(run, batch)
+        if not (run.scaler.is_enabled() or terms["grad_norm"].isfinite()):
+            examples = ", ".join(rows[i].where for b in batch for i in b.index[:3])
+            raise InputError(f"step {progress['step']}: the loss or a gradient is not finite; rows {examples}, ...")
+        progress["step"] += 1
+        progress["step_in_epoch"] += 1
+        update_ema(run.ema, run.model, settings["ema_decay"], progress["step"])
+        log.step(terms, waited, time.monotonic() - began)
+        if any_stopped(run.stopped, progress["step"], run.world, device):
+            save_last(run)
+            log.bar.close()
+            if run.rank == 0:
+                print(f"stopped after step {progress['step']}; --resume goes on", file=sys.stderr)
+            leave(128 + (run.stopped or [signal.SIGTERM])[0])
+        if time.monotonic() - saved > 60 * settings["save_minutes"]:
+            save_last(run)
+            saved = time.monotonic()
+    progress |= {"epoch": progress["epoch"] + 1, "step_in_epoch": 0}
 
-    # 4. what came out: the best checkpoint on every split
-    wait_for_all()
-    model = models.load(out / "best.pt", device)
+
+def validate(run: Run, split: str, dataset: data.Dataset, collate: data.Collate, log: "Log") -> None:
+    """Evaluate (the averaged weights, where there are any) and keep the best as best.pt."""
+    with averaged(run.model, run.ema):
+        found = evaluate.evaluate(run.model, dataset, collate, run.branch, amp=run.amp, title=split)
+        figures = evaluate.summary(found, dataset.rows, run.config["model"]["queries"] > 1)
+        if selection(figures) > run.progress["best"]:
+            run.progress["best"] = selection(figures)
+            if run.rank == 0:
+                best = {"model": run.model.state_dict(), "ema": {}, "config": run.config, "figures": figures}
+                models.save(run.out / "best.pt", {**best, **run.progress})
+    log.figures(split, figures)
+
+
+def report_best(run: Run, rows: Sequence[data.Row], splits: dict, collate: data.Collate, log: "Log") -> None:
+    """Evaluate best.pt on every split: a table each, and pictures of the last split."""
+    model, grec = models.load(run.out / "best.pt", run.model.mean.device), run.config["model"]["queries"] > 1
     for split, dataset in splits.items():
-        found = evaluate.evaluate(model, dataset, collate, branch, amp=amp, title=split)
-        figures = evaluate.summary(found, dataset.rows, config["model"]["queries"] > 1)
-        log.figures(split, figures, progress)
-        if rank == 0:
-            baseline = evaluate.mean_box_accuracy(rows, dataset.rows) if config["model"]["queries"] == 1 else None
+        found = evaluate.evaluate(model, dataset, collate, run.branch, amp=run.amp, title=split)
+        figures = evaluate.summary(found, dataset.rows, grec)
+        log.figures(split, figures)
+        if run.rank == 0:
+            baseline = None if grec else evaluate.mean_box_accuracy(rows, dataset.rows)
             evaluate.print_table(split, figures, evaluate.by_kind(found, dataset.rows), baseline)
-            evaluate.draw_page(dataset.rows[:16], found[:16], out / "samples.png")
-    if rank == 0:
-        evaluate.draw_curves(log.records, out / "curves.png")
-        print(f"weights {out}/best.pt, pictures {out}/samples.png and {out}/curves.png")
-    leave(0)
+            evaluate.draw_page(dataset.rows[:16], found[:16], run.out / "samples.png")
+    if run.rank == 0:
+        evaluate.draw_curves(log.records, run.out / "curves.png")
+        print(f"weights: {run.out}/best.pt   pictures: {run.out}/samples.png {run.out}/curves.png")
 
 
 # ----------------------------------------------------------------------------------------------------- a step
 
 
-def train_step(
-    model: models.SimVG,
-    wrapped: nn.Module,
-    batch: list[data.Batch],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    settings: dict,
-    branch: str,
-    amp: torch.dtype | None,
-) -> dict[str, Tensor]:
+def train_step(run: Run, batch: list[data.Batch]) -> dict[str, Tensor]:
     """One optimiser step on the micro-batches of this rank -> its loss terms and the gradient norm before clipping."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    counts = sum(losses.normalisers(b.box_mask, model.tqg.query_embed.num_embeddings) for b in batch)
-    norm = losses.global_sum(counts) / world  # DDP averages the ranks' gradients
-    factors = (settings[f"loss_{name}"] for name in ("decoder", "token_on_truth", "token_on_teacher"))
-    decoder, on_truth, on_teacher = factors
+    settings, optimizer, scaler = run.config["train"], run.optimizer, run.scaler
+    factors = [settings[f"loss_{name}"] for name in ("decoder", "token_on_truth", "token_on_teacher")]
+    counts = sum(losses.normalisers(b.box_mask, run.model.tqg.query_embed.num_embeddings) for b in batch)
+    norm = losses.global_sum(counts) / run.world  # DDP averages the ranks' gradients
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for i, b in enumerate(batch):
         last = i == len(batch) - 1
-        with nullcontext() if last or world == 1 else wrapped.no_sync():
-            output = wrapped(b.images, b.tokens, b.text_pad, branch, amp)
-            terms = losses.simvg_loss(output, b.boxes, b.box_mask, decoder, on_truth, on_teacher, norm)
+        with nullcontext() if last or run.world == 1 else run.wrapped.no_sync():
+            output = run.wrapped(b.images, b.tokens, b.text_pad, run.branch, run.amp)
+            terms = losses.simvg_loss(output, b.boxes, b.box_mask, *factors, norm)
             scaler.scale(terms["total"]).backward()
         for name, value in terms.items():
             share = len(batch) if name == "teacher_weight" else 1  # a mean, where the others are parts of a sum
@@ -185,7 +207,7 @@ def train_step(
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     sums["grad_norm"] = nn.utils.clip_grad_norm_(trained, settings["clip_norm"])
-    if scaler.is_enabled() or sums["grad_norm"].isfinite():
+    if scaler.is_enabled() or sums["grad_norm"].isfinite():  # else the weights stay as they are
         scaler.step(optimizer)
         scaler.update()
     return sums
@@ -346,16 +368,21 @@ def found_run(out: Path, config: dict, resume: bool) -> dict | None:
     return state
 
 
-def restore(
-    state: dict, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, ema: dict
-) -> dict:
-    """Fill everything from last.pt and return the progress."""
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    for name, value in state["ema"].items():
-        ema[name].copy_(value)
-    return {name: state[name] for name in ("epoch", "step_in_epoch", "step", "best")}
+def restore(run: Run, state: dict) -> None:
+    """Fill everything from last.pt."""
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.ema |= {name: value.to(run.model.mean.device) for name, value in state["ema"].items()}
+    run.progress |= {name: state[name] for name in run.progress}
+
+
+def save_last(run: Run) -> None:
+    if run.rank == 0:
+        parts = {"model": run.model.state_dict(), "ema": run.ema, "optimizer": run.optimizer.state_dict()}
+        models.save(
+            run.out / "last.pt", {**parts, "scaler": run.scaler.state_dict(), "config": run.config, **run.progress}
+        )
 
 
 def make_embedded_set(section: dict) -> None:
@@ -368,47 +395,59 @@ def make_embedded_set(section: dict) -> None:
 class Log:
     """metrics.jsonl: one JSON object a line, the training rows as means over LOG_EVERY steps and over the ranks."""
 
-    def __init__(self, out: Path, config: dict, rank: int, progress: dict):
-        self.path, self.rank, self.batch = out / "metrics.jsonl", rank, config["train"]["batch_size"]
+    def __init__(self, run: Run, steps: int):
+        self.run, self.path, self.records = run, run.out / "metrics.jsonl", []
         self.sums: dict[str, Tensor] = {}
         self.steps, self.waited, self.seconds = 0, 0.0, 0.0
-        self.records: list[dict] = []
-        if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "config.json").write_text(json.dumps(config, indent=1))
-            if self.path.exists():  # a killed run may have written rows that its checkpoint knows nothing of
-                rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-                self.records = [row for row in rows if row["step"] <= progress["step"]]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.records))
+        quiet = None if run.rank == 0 else True  # None: no bar where stderr is no terminal
+        total, done = run.config["train"]["epochs"] * steps, run.progress["step"]
+        self.bar = tqdm(total=total, initial=done, disable=quiet, unit="step", dynamic_ncols=True)
+        if run.rank:
+            return
+        run.out.mkdir(parents=True, exist_ok=True)
+        (run.out / "config.json").write_text(json.dumps(run.config, indent=1))
+        if self.path.exists():  # a killed run may have written rows that its checkpoint knows nothing of
+            rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+            self.records = [row for row in rows if row["step"] <= done]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.records))
+        size, device = run.config["train"]["batch_size"], run.model.mean.device.type
+        count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        print(
+            f"{run.out}: steps {done} to {total} of {size} examples, {run.world} rank(s) on {device}, "
+            f"{count:,} parameters, branch {run.branch}",
+            file=sys.stderr,
+        )
 
-    def step(self, terms: dict[str, Tensor], waited: float, seconds: float, optimizer, progress: dict) -> None:
+    def step(self, terms: dict[str, Tensor], waited: float, seconds: float) -> None:
+        run, progress = self.run, self.run.progress
+        self.bar.update()
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value
         self.steps, self.waited, self.seconds = self.steps + 1, self.waited + waited, self.seconds + seconds
         if progress["step"] % LOG_EVERY:
             return
-        means = torch.stack([value.float() for value in self.sums.values()]) / self.steps
-        means = losses.global_sum(means) / (dist.get_world_size() if dist.is_initialized() else 1)
+        means = losses.global_sum(torch.stack([value.float() for value in self.sums.values()])) / self.steps / run.world
         row = {"split": "train", "epoch": progress["epoch"], "step": progress["step"]}
         row |= {name: round(value, 6) for name, value in zip(self.sums, means.tolist(), strict=True)}
-        row |= {"lr_encoder": optimizer.param_groups[0]["lr"], "lr": optimizer.param_groups[1]["lr"]}
-        row |= {"samples_per_s": round(self.steps * self.batch / self.seconds, 1)}
+        row |= {"lr_encoder": run.optimizer.param_groups[0]["lr"], "lr": run.optimizer.param_groups[1]["lr"]}
+        row |= {"samples_per_s": round(self.steps * run.config["train"]["batch_size"] / self.seconds, 1)}
         row |= {"data_wait": round(self.waited / self.seconds, 4)}
         self.write(row)
+        self.bar.set_postfix(loss=f"{row['total']:.3f}")
         self.sums, self.steps, self.waited, self.seconds = {}, 0, 0.0, 0.0
 
-    def figures(self, split: str, figures: dict, progress: dict) -> None:
-        row = {"split": split, "epoch": progress["epoch"], "step": progress["step"]}
+    def figures(self, split: str, figures: dict[str, float]) -> None:
+        row = {"split": split, "epoch": self.run.progress["epoch"], "step": self.run.progress["step"]}
         self.write(row | {name: round(value, 6) for name, value in figures.items()})
+        if self.run.rank == 0:
+            shown = "  ".join(f"{k} {100 * v:.1f}" for k, v in figures.items() if not k.startswith("n"))
+            tqdm.write(f"epoch {row['epoch']}  {split}: {shown}", file=sys.stderr)
 
     def write(self, row: dict) -> None:
-        if self.rank == 0:
+        if self.run.rank == 0:
             self.records.append(row)
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
-            if row["split"] != "train":
-                shown = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "split")
-                tqdm.write(f"{row['split']}: {shown}", file=sys.stderr)
 
 
 if __name__ == "__main__":

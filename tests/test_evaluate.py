@@ -64,7 +64,11 @@ def test_evaluating_puts_the_model_back_into_the_mode_it_was_in(shapes):
 
 
 def shapes_section(shapes):
-    return {"annotations": f"{shapes}/data/shapes/{{split}}.jsonl", "images": f"{shapes}/data/shapes/images", "sources": {}}
+    return {
+        "annotations": f"{shapes}/data/shapes/{{split}}.jsonl",
+        "images": f"{shapes}/data/shapes/images",
+        "sources": {},
+    }
 
 
 def test_grounding_answers_in_pixels_of_the_original_image(shapes):
@@ -115,4 +119,3 @@ def test_bad_input_is_one_line_and_status_2(arguments, expected, shapes, trained
     done = program("evaluate.py", *arguments, cwd=shapes, status=2)
     assert expected in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert sorted(p.name for p in shapes.iterdir()) == before
-

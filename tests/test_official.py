@@ -136,9 +136,10 @@ def test_a_batch_of_no_target_samples_is_finite_where_the_official_loss_is_nan(t
 def test_six_training_steps_end_at_the_official_weights(tmp_path):
     forward, log = golden("forward.npz"), golden("golden.json")["train_steps"]["log"]
     model = official_model(tmp_path)
-    settings = data.load_config(f"{ROOT}/configs.json:refcoco")["train"] | {"lr": 5e-4, "lr_encoder": 5e-5}
-    optimizer = train.make_optimizer(model, settings)
+    config = data.load_config(f"{ROOT}/configs.json:refcoco")
+    settings, optimizer = config["train"], train.make_optimizer(model, config["train"])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
+    run = train.Run(config, tmp_path, 0, 1, model, model, optimizer, scaler, {}, "both", None)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     boxes, mask = targets("rec_balanced", golden("losses.npz"))
     batch = data.Batch(*inputs("rec", forward), boxes, mask, [0, 1, 2, 3])
@@ -146,7 +147,7 @@ def test_six_training_steps_end_at_the_official_weights(tmp_path):
         progress = {"epoch": row["epoch"], "step_in_epoch": step % 2}
         train.set_learning_rate(optimizer, settings, progress, 2)
         assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([row["lr"][0], row["lr"][-1]])
-        terms = train.train_step(model, model, [batch], optimizer, scaler, settings, "both", None)
+        terms = train.train_step(run, [batch])
         assert float(terms["total"]) == pytest.approx(row["losses"]["loss_total"], abs=2e-4)
         assert float(terms["grad_norm"]) == pytest.approx(row["grad_norm_before_clip"], rel=1e-4)
         train.update_ema(ema, model, 0.999, step + 1)
@@ -190,7 +191,9 @@ def test_the_encoder_s_parameters_have_their_own_learning_rate_as_in_the_officia
 def test_grec_metrics_equal_those_of_the_official_evaluator():
     about = golden("metrics.json")["grec"]
     for case in about["cases"]:
-        truth = torch.tensor([b for b, c in zip(case["gt"], case["category_id"], strict=True) if c != -1]).reshape(-1, 4)
+        truth = torch.tensor([b for b, c in zip(case["gt"], case["category_id"], strict=True) if c != -1]).reshape(
+            -1, 4
+        )
         correct = evaluate.grec_correct(
             torch.tensor(case["scores"]), torch.tensor(case["boxes"]).reshape(-1, 4), truth, about["thresh_score"]
         )

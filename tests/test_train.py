@@ -135,10 +135,8 @@ def test_the_grec_set_trains_and_reports_f1_and_n_acc(shapes):
 
 
 def test_evaluation_on_1_2_and_3_ranks_prints_the_same_numbers(shapes, trained):
-    printed = [
-        [line for line in program("evaluate.py", "--ckpt", "runs/trained/best.pt", cwd=shapes, ranks=n).stdout.splitlines()]
-        for n in (1, 2, 3)
-    ]
+    runs = [program("evaluate.py", "--ckpt", "runs/trained/best.pt", cwd=shapes, ranks=n) for n in (1, 2, 3)]
+    printed = [run.stdout.splitlines() for run in runs]
     assert printed[0] == printed[1] == printed[2]
     assert json.loads(printed[0][-1])["n"] == 60
 
@@ -153,7 +151,9 @@ def test_a_small_model_learns_a_few_expressions_by_heart(shapes):
     model = tiny_model().train()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(250):
-        loss = losses.simvg_loss(model(batch.images, batch.tokens, batch.text_pad), batch.boxes, batch.box_mask)["total"]
+        loss = losses.simvg_loss(model(batch.images, batch.tokens, batch.text_pad), batch.boxes, batch.box_mask)[
+            "total"
+        ]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
