@@ -237,6 +237,14 @@ def check_box(box: object, size: tuple[int, int] | None, where: str) -> None:
         )
 
 
+def check_files(rows: Sequence[Row]) -> None:
+    """InputError that names the first row whose image is not there, and how many are missing."""
+    missing = [row for row in {row.image: row for row in rows}.values() if not os.path.isfile(row.image)]
+    if missing:
+        first = missing[0]
+        raise InputError(f"{first.where}: there is no image {first.image} ({len(missing)} images are missing)")
+
+
 def expand(rows: Sequence[Row]) -> list[Row]:
     """One row per expression, in order: what evaluation walks through."""
     return [replace(row, choices=(choice,)) for row in rows for choice in row.choices]
@@ -455,9 +463,10 @@ COLORS = {
     "purple": (148, 60, 189),
     "orange": (255, 127, 14),
 }
-SHAPES = ("circle", "square", "triangle", "star")
+SHAPES = ("circle", "ring", "triangle", "cross")
 SCENE_SIZE = 96  # pixels
-TRAIN_COUNTS, EVAL_COUNTS = (1, 2, 3, 4), (3, 4)  # things in a scene; easy ones in training speed it up a lot
+# things in a scene, in training and in val and test; easy scenes in training speed it up a lot
+COUNTS = {"shapes": ((1, 2, 3, 4), (3, 4)), "shapes-grec": ((1, 2, 3), (2, 3))}
 KINDS = ("attribute", "superlative", "relation")
 # superlative -> (what is compared, +1 for the highest or -1 for the lowest value, by how much it must win)
 SUPERLATIVES = {
@@ -501,18 +510,15 @@ def draw_scene(rng: random.Random, counts: Sequence[int]) -> tuple[Image.Image, 
     for thing in things:
         x, y, r = thing.x * fine, thing.y * fine, thing.side * fine / 2
         color = tuple(max(0, min(255, c + rng.randint(-20, 20))) for c in COLORS[thing.color])
-        if thing.shape == "circle":
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=color)
-        elif thing.shape == "square":
-            pen.rectangle((x - r, y - r, x + r, y + r), fill=color)
-        elif thing.shape == "triangle":
+        if thing.shape == "triangle":
             pen.polygon([(x - r, y + r), (x, y - r), (x + r, y + r)], fill=color)
+        elif thing.shape == "cross":
+            pen.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=color)
+            pen.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=color)
         else:
-            radii = [r if i % 2 == 0 else 0.45 * r for i in range(8)]  # a star of four points
-            turns = [i * math.pi / 4 for i in range(8)]
-            pen.polygon(
-                [(x + a * math.sin(t), y - a * math.cos(t)) for a, t in zip(radii, turns, strict=True)], fill=color
-            )
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=color)
+        if thing.shape == "ring":
+            pen.ellipse((x - r / 2, y - r / 2, x + r / 2, y + r / 2), fill=(grey, grey, grey))
     return image.reduce(2), things
 
 
@@ -574,8 +580,8 @@ def _shapes_rows(things: list[Thing], image: str, grec: bool, rng: random.Random
     return rows
 
 
-def make_shapes(folder: Path, scenes: int, grec: bool, show: bool = True) -> None:
-    """Write the shapes set: train, val and test .jsonl, images/*.jpg and shapes.spm. Nothing is left half written.
+def make_shapes(folder: Path, scenes: int, kind: str, show: bool = True) -> None:
+    """Write the set `kind`: train, val and test .jsonl, images/*.jpg and shapes.spm. Nothing is left half written.
 
     Every scene has a seed of its own, (split, number). val and test hold 2,000 expressions (fewer with few scenes).
     """
@@ -589,10 +595,10 @@ def make_shapes(folder: Path, scenes: int, grec: bool, show: bool = True) -> Non
         number = 0
         while (number < scenes) if split == "train" else (len(rows) < wanted):
             rng = random.Random(f"shapes/{split}/{number}")
-            image, things = draw_scene(rng, TRAIN_COUNTS if split == "train" else EVAL_COUNTS)
+            image, things = draw_scene(rng, COUNTS[kind][split != "train"])
             name = f"{split}_{number:05d}.jpg"
             image.save(folder / "images" / name, quality=92, subsampling=0)
-            new = _shapes_rows(things, name, grec, rng)
+            new = _shapes_rows(things, name, kind == "shapes-grec", rng)
             if split != "train":
                 new = [{**row, "expressions": row["expressions"][:1]} for row in new]
             rows += new

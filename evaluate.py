@@ -322,7 +322,9 @@ def trained_branch(settings: dict) -> str:
 
 
 def load_split(config: dict, split: str) -> data.Dataset:
-    return data.Dataset(data.expand(data.read_rows(config["data"], split)), config["model"]["image_size"])
+    rows = data.expand(data.read_rows(config["data"], split))
+    data.check_files(rows)
+    return data.Dataset(rows, config["model"]["image_size"])
 
 
 def load_collate(config: dict) -> data.Collate:

@@ -9,7 +9,7 @@ B batch, N image tokens, L text tokens, Q queries (1 in REC, 10 in gREC), K deco
 C head width. Boxes are cxcywh in 0..1 of the image; class 0 is "the referred object", class 1 "no object".
 Everything that makes a box runs in float32, also under autocast: a bf16 box is off by up to 2 pixels.
 
-This file also builds, saves and loads models. `python model.py` prints the shapes of a small one.
+This file also builds, saves and loads models.
 """
 
 import os

@@ -70,6 +70,7 @@ def main() -> None:
 
     # 2. data, model, optimiser
     rows = data.read_rows(section, "train")
+    data.check_files(rows)
     train_set = data.Dataset(rows, config["model"]["image_size"], settings["seed"], section["jitter"])
     splits = {split: evaluate.load_split(config, split) for split in section["eval_splits"]}
     collate = evaluate.load_collate(config)
@@ -387,9 +388,13 @@ def save_last(run: Run) -> None:
 
 def make_embedded_set(section: dict) -> None:
     """Write the shapes set on first use."""
-    folder = Path(section["images"]).parent
-    if section["generate"] and not folder.exists():
-        data.make_shapes(folder, section["scenes"], grec=section["generate"] == "shapes-grec")
+    folder, wanted = Path(section["images"]).parent, section["scenes"]
+    if section["generate"] and folder.exists():
+        scenes = len(list((folder / "images").glob("train_*.jpg")))
+        if scenes != wanted:
+            raise InputError(f"{folder}: holds a set of {scenes} scenes, not data.scenes={wanted}; remove it first")
+    elif section["generate"]:
+        data.make_shapes(folder, wanted, section["generate"])
 
 
 class Log:

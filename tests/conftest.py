@@ -76,8 +76,8 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds data/shapes and data/shapes-grec with 60 scenes, where the programs can be started."""
     folder = tmp_path_factory.mktemp("shapes")
     (folder / "data").mkdir()
-    data.make_shapes(folder / "data" / "shapes", 60, grec=False, show=False)
-    data.make_shapes(folder / "data" / "shapes-grec", 60, grec=True, show=False)
+    data.make_shapes(folder / "data" / "shapes", 60, "shapes", show=False)
+    data.make_shapes(folder / "data" / "shapes-grec", 60, "shapes-grec", show=False)
     (folder / "configs.json").symlink_to(ROOT / "configs.json")
     return folder
 

@@ -253,6 +253,13 @@ def test_jitter_keeps_half_of_every_one_of_many_boxes():
         assert (kept >= 0.5 * area - 1e-3).all()
 
 
+def test_missing_images_are_found_before_anything_starts(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**GOOD, "image": f"{i}.jpg"}) + "\n" for i in range(3)))
+    save_image(tmp_path / "0.jpg")
+    with pytest.raises(data.InputError, match=r"rows.jsonl:2: there is no image .*1.jpg \(2 images"):
+        data.check_files(data.read_rows(section(tmp_path), "train"))
+
+
 # ---- examples and batches
 
 
@@ -302,7 +309,7 @@ def test_a_bad_image_in_a_worker_is_still_one_line_that_names_its_row(shapes, wo
 @pytest.mark.parametrize("kind", data.KINDS)
 def test_every_expression_of_a_scene_is_true_of_exactly_the_things_it_names(kind):
     for number in range(60):
-        _, things = data.draw_scene(random.Random(number), data.EVAL_COUNTS)
+        _, things = data.draw_scene(random.Random(number), (3, 4))
         for text, named in data.phrases(things, kind):
             assert sorted(named) == sorted(understood(text, things)), (text, things)
 
@@ -345,7 +352,7 @@ def test_the_grec_set_has_expressions_with_no_one_and_several_targets(shapes):
 
 def test_making_the_set_twice_gives_the_same_files(tmp_path):
     for name in ("a", "b"):
-        data.make_shapes(tmp_path / name, 12, grec=True, show=False)
+        data.make_shapes(tmp_path / name, 12, "shapes-grec", show=False)
     names = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert len(names) > 12
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)

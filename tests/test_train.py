@@ -61,7 +61,7 @@ def test_a_folder_that_holds_a_run_is_refused_in_one_line(shapes, trained):
 @pytest.mark.parametrize("grec", [False, True])
 def test_two_ranks_with_half_the_batch_give_the_weights_of_one(shapes, grec):
     config = "shapes-grec" if grec else "shapes"
-    short = [*EXACT, "data.scenes=60", "train.batch_size=32"]
+    short = [*EXACT, "train.batch_size=32"]
     start(shapes, f"one{grec}", *short, config=config)
     start(shapes, f"two{grec}", *short, config=config, ranks=2)
     one, two = last(shapes, f"one{grec}"), last(shapes, f"two{grec}")
@@ -112,6 +112,11 @@ def test_a_run_that_was_stopped_and_killed_ends_with_bitwise_the_same_weights(sh
     clean = [{k: v for k, v in r.items() if k not in ("samples_per_s", "data_wait")} for r in rows(shapes, "straight")]
     steps = [(r["split"], r["step"]) for r in clean]
     assert steps == [(r["split"], r["step"]) for r in rows(shapes, "broken")]
+
+
+def test_an_embedded_set_of_another_size_is_not_taken_for_the_one_asked_for(shapes):
+    done = start(shapes, "other", "data.scenes=61", status=2)
+    assert "60 scenes" in done.stderr and not (shapes / "runs" / "other").exists()
 
 
 def test_a_resumed_run_may_not_change_its_settings(shapes, trained):
