@@ -11,6 +11,7 @@ Everything is counted per expression and divided once, so that batches and ranks
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -345,7 +346,7 @@ def main() -> None:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-    model, config = models.load_with_config(args.ckpt, device)
+    model, config, kind = models.load_with_config(args.ckpt, device)
     if args.config:
         config = data.load_config(args.config)
         config["model"] |= {"image_size": model.image_size, "queries": model.tqg.query_embed.num_embeddings}
@@ -354,6 +355,8 @@ def main() -> None:
             f"{args.ckpt}: an official checkpoint holds no config, name one: --config configs.json:refcoco"
         )
     data.override_config(config, args.set)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"{args.ckpt}: {kind}", file=sys.stderr)
     if args.image is None:
         evaluate_splits(args, model, config)
     else:

@@ -18,7 +18,7 @@ from torchvision.ops import box_convert
 from model import Output
 
 CLASS, L1, GIOU = 1.0, 5.0, 2.0  # lambda 1, 2, 3 of Eq. 4, in the loss and in the matching
-NO_OBJECT = 0.1  # weight of the class "no object" in the cross entropy
+NO_OBJECT = 0.1  # weight of the class "no object" in the cross entropy, unless the config says another
 EPS = 1e-6  # the official IoU adds it to each denominator, which is felt by boxes of 3 % of the image and less
 
 
@@ -125,20 +125,22 @@ def global_sum(counts: Tensor) -> Tensor:
     return counts
 
 
-def normalisers(box_mask: Tensor, queries: int) -> Tensor:
+def normalisers(box_mask: Tensor, queries: int, no_object: float = NO_OBJECT) -> Tensor:
     """(2,): number of target boxes; sum of the class weights over all queries. Known before any prediction."""
     targets = box_mask.sum(1)  # (B,)
     matched = targets.clamp(max=queries).sum()
-    return torch.stack([targets.sum().float(), matched + NO_OBJECT * (len(box_mask) * queries - matched)])
+    return torch.stack([targets.sum().float(), matched + no_object * (len(box_mask) * queries - matched)])
 
 
-def detection_loss(logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor, norm: Tensor) -> Tensor:
+def detection_loss(
+    logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor, norm: Tensor, no_object: float = NO_OBJECT
+) -> Tensor:
     """L_det of Eq. 4, summed over K: 1 cross entropy + 5 L1 + 2 (1 - GIoU). A scalar.
 
     logits (K, B, Q, 2), boxes (K, B, Q, 4), targets (B, M, 4), matched (K, B, Q) as `match` gives it, norm (2,).
     """
     found = matched >= 0  # (K, B, Q)
-    weight = logits.new_tensor([1.0, NO_OBJECT])
+    weight = logits.new_tensor([1.0, no_object])
     # flattened: cross entropy over a middle dimension has no deterministic CUDA kernel
     label = torch.where(found, 0, 1).flatten()
     cross_entropy = F.cross_entropy(logits.flatten(0, 2), label, weight, reduction="sum")
@@ -169,6 +171,7 @@ def simvg_loss(
     decoder: float | None = 1.0,
     token_on_truth: float | None = 2.0,
     token_on_teacher: float | None = 1.0,
+    no_object: float = NO_OBJECT,
     norm: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The training loss, boxes (B, M, 4) and box_mask (B, M) being the truth. Scalars that add up to `total`.
@@ -180,13 +183,13 @@ def simvg_loss(
     """
     logits = output.decoder_logits if output.token_logits is None else output.token_logits
     if norm is None:
-        norm = global_sum(normalisers(box_mask, logits.shape[-2]))
+        norm = global_sum(normalisers(box_mask, logits.shape[-2], no_object))
         norm = norm / (dist.get_world_size() if dist.is_initialized() else 1)  # DDP averages over ranks
     terms = {}
     if decoder is not None or token_on_teacher is not None:
         matched = match(output.decoder_logits, output.decoder_boxes, boxes, box_mask)
     if decoder is not None:
-        loss = detection_loss(output.decoder_logits, output.decoder_boxes, boxes, matched, norm)
+        loss = detection_loss(output.decoder_logits, output.decoder_boxes, boxes, matched, norm, no_object)
         terms["decoder"] = decoder * loss
     if token_on_truth is not None or token_on_teacher is not None:
         student = output.token_logits[None], output.token_boxes[None]  # (1, B, Q, .)
@@ -196,9 +199,11 @@ def simvg_loss(
         weight = teacher_weight(*answer, boxes, matched[-1])
         # the teacher's targets: its boxes for the queries that found something
         rematched = match(*student, answer[1], matched[-1] >= 0)
-        terms["token_on_teacher"] = token_on_teacher * weight * detection_loss(*student, answer[1], rematched, norm)
+        terms["token_on_teacher"] = (
+            token_on_teacher * weight * detection_loss(*student, answer[1], rematched, norm, no_object)
+        )
     if token_on_truth is not None:
-        loss = detection_loss(*student, boxes, match(*student, boxes, box_mask), norm)
+        loss = detection_loss(*student, boxes, match(*student, boxes, box_mask), norm, no_object)
         terms["token_on_truth"] = token_on_truth * loss * (1 if weight is None else 1 - weight)
     terms["total"] = sum(terms.values())
     return terms if weight is None else {**terms, "teacher_weight": weight}

@@ -169,10 +169,9 @@ class SimVG(nn.Module):
             encoder_width, head_width, self.encoder.grid, decoder_layers, decoder_ffn, dropout
         )
         self.token_branch = TokenBranch(encoder_width, head_width)
-        for branch in (self.tqg, self.decoder_branch):
-            for layer in branch.layers.parameters():
-                if layer.dim() > 1:
-                    nn.init.xavier_uniform_(layer)
+        for weight in self.decoder_branch.layers.parameters():
+            if weight.dim() > 1:
+                nn.init.xavier_uniform_(weight)
         self.register_buffer("mean", torch.tensor(IMAGE_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
 
@@ -249,19 +248,18 @@ def load(path: str | Path, device: str | torch.device = "cpu", **model_args) -> 
     return load_with_config(path, device, **model_args)[0]
 
 
-def load_with_config(path: str | Path, device: str | torch.device = "cpu", **model_args) -> tuple[SimVG, dict | None]:
-    """`load`, and the config that the file carries (an official file carries none)."""
+def load_with_config(
+    path: str | Path, device: str | torch.device = "cpu", **model_args
+) -> tuple[SimVG, dict | None, str]:
+    """`load`, the config that the file carries (an official file carries none), and what was read, in words."""
     state = read_checkpoint(path)
-    if {"config", "model", "ema"} <= state.keys():
-        config, weights = state["config"], {**state["model"], **state["ema"]}
-        args = config["model"]
-    elif official := official_weights(state):
-        config, args, weights = None, _official_sizes(official), convert(official)
-    else:
+    found = _simvg_weights(state, path)
+    if not found:
         raise InputError(f"{path}: is neither a checkpoint of this project nor an official SimVG one")
+    kind, weights, args = found
     model = SimVG(**{**args, **model_args})
     load_strictly(model, weights, path)
-    return model.to(device).eval(), config
+    return model.to(device).eval(), state.get("config"), kind
 
 
 def initialise(model: SimVG, path: str | Path) -> str:
@@ -272,27 +270,34 @@ def initialise(model: SimVG, path: str | Path) -> str:
     """
     state, own = read_checkpoint(path), model.state_dict()
     grid, patch = model.encoder.grid, model.encoder.patch_embed.kernel_size[0]
-    if {"config", "model", "ema"} <= state.keys():
-        kind, weights = "SimVG checkpoint", {**state["model"], **state["ema"]}
-    elif official := official_weights(state):
-        kind, weights = "official SimVG checkpoint", convert(official)
+    positions, queries = "encoder.image_positions", "tqg.query_embed.weight"
+    if found := _simvg_weights(state, path):
+        kind, weights, _ = found
+        weights[positions] = beit3.resize_positions(weights[positions], grid, extra=1)
+        new = {queries} if weights[queries].shape != own[queries].shape else set()
     else:
-        kind, weights = "BEiT-3 checkpoint", _beit3_weights(state, path, grid, patch)
-    positions = "encoder.image_positions"
-    weights[positions] = beit3.resize_positions(weights[positions], grid, extra=1)
-    queries, left = "tqg.query_embed.weight", ""
-    if queries in weights and weights[queries].shape != own[queries].shape:
-        left = f"; new: {queries} ({len(weights[queries])} queries in the file, {len(own[queries])} here)"
-        del weights[queries]
-    if kind.startswith("BEiT-3"):
-        left = "; new: everything but the encoder"
-    kept = {name: value for name, value in own.items() if name not in weights}
-    if not kind.startswith("BEiT-3"):
-        kept = {name: value for name, value in kept.items() if name == queries}
-    elif any(name.startswith("encoder.") for name in kept):
-        kept = {}
-    load_strictly(model, {**kept, **{name: value.float() for name, value in weights.items()}}, path)
-    return f"{path}: {kind}, {len(weights)} of {len(own)} tensors taken{left}"
+        kind, weights = "BEiT-3", _beit3_weights(state, path, grid, patch)
+        new = {name for name in own if not name.startswith("encoder.")}
+    taken = {name: value.float() for name, value in weights.items() if name not in new}
+    load_strictly(model, {**{name: own[name] for name in new}, **taken}, path)
+    left = "; new: everything but the encoder" if len(new) > 1 else f"; new: {queries}" if new else ""
+    return f"{path}: {kind}, {len(taken)} of {len(own)} tensors taken{left}"
+
+
+def _simvg_weights(state: dict, path: str | Path) -> tuple[str, dict[str, Tensor], dict] | None:
+    """(what it is, tensors under this project's names, model arguments) of a SimVG checkpoint, own or official."""
+    if {"config", "model", "ema"} <= state.keys():
+        averaged = ", averaged weights" if state["ema"] else ""
+        return f"SimVG checkpoint{averaged}", {**state["model"], **state["ema"]}, state["config"]["model"]
+    official = state.get("ema_state_dict") or state.get("state_dict") or {}
+    official = {name.removeprefix("module."): value for name, value in official.items()}
+    if "head.query_embed.weight" not in official:
+        return None
+    averaged = ", averaged (EMA) weights" if state.get("ema_state_dict") else ""
+    try:
+        return f"official SimVG checkpoint{averaged}", convert(official), _official_sizes(official)
+    except KeyError as error:
+        raise InputError(f"{path}: is no SimVG checkpoint of the official code: {error.args[0]}") from None
 
 
 def _beit3_weights(state: dict, path: str | Path, grid: int, patch: int) -> dict[str, Tensor]:
@@ -317,13 +322,6 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str | Path
         found, wanted = have.get(name, "missing"), want.get(name, "nothing of that name")
         raise InputError(f"{path}: does not fit the model: {name} is {found} in the file, the model wants {wanted}")
     model.load_state_dict(weights)
-
-
-def official_weights(state: dict) -> dict[str, Tensor] | None:
-    """The tensors of an official SimVG checkpoint, without `module.`; None if it is none."""
-    weights = state.get("ema_state_dict") or state.get("state_dict") or {}
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return weights if "head.query_embed.weight" in weights else None
 
 
 _HEAD_NAMES = {

@@ -192,7 +192,8 @@ def train_step(run: Run, batch: list[data.Batch]) -> dict[str, Tensor]:
     """One optimiser step on the micro-batches of this rank -> its loss terms and the gradient norm before clipping."""
     settings, optimizer, scaler = run.config["train"], run.optimizer, run.scaler
     factors = [settings[f"loss_{name}"] for name in ("decoder", "token_on_truth", "token_on_teacher")]
-    counts = sum(losses.normalisers(b.box_mask, run.model.tqg.query_embed.num_embeddings) for b in batch)
+    queries, no_object = run.model.tqg.query_embed.num_embeddings, settings["no_object_weight"]
+    counts = sum(losses.normalisers(b.box_mask, queries, no_object) for b in batch)
     norm = losses.global_sum(counts) / run.world  # DDP averages the ranks' gradients
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
@@ -200,7 +201,7 @@ def train_step(run: Run, batch: list[data.Batch]) -> dict[str, Tensor]:
         last = i == len(batch) - 1
         with nullcontext() if last or run.world == 1 else run.wrapped.no_sync():
             output = run.wrapped(b.images, b.tokens, b.text_pad, run.branch, run.amp)
-            terms = losses.simvg_loss(output, b.boxes, b.box_mask, *factors, norm)
+            terms = losses.simvg_loss(output, b.boxes, b.box_mask, *factors, no_object, norm)
             scaler.scale(terms["total"]).backward()
         for name, value in terms.items():
             share = len(batch) if name == "teacher_weight" else 1  # a mean, where the others are parts of a sum

@@ -1,5 +1,7 @@
 """The same numbers as the official code: weights in, features, losses, gradients and trained weights out."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -237,3 +239,68 @@ def test_rec_accuracy_counts_like_the_official_one():
     for case in golden("metrics.json")["accuracy"]["cases"]:
         correct = evaluate.rec_correct(torch.tensor(case["pred"]), torch.tensor(case["gt"]))
         assert 100 * correct.double().mean().item() == pytest.approx(case["det_acc"], abs=1e-4)
+
+
+def test_a_grec_batch_of_targets_only_has_the_official_balanced_loss(tmp_path):
+    about, tensors = golden("losses.json")["grecpos_balanced"], golden("losses.npz")
+    rows = golden("golden.json")["grec_pos_only_rows_of_grec_batch"]
+    boxes, mask = targets("grecpos_balanced", tensors)
+    output = official_model(tmp_path, grec=True)(*(x[rows] for x in inputs("grec", golden("forward.npz"))))
+    terms = losses.simvg_loss(output, boxes, mask, 1.0, 2.0, 1.0)
+    assert float(terms["total"]) == pytest.approx(about["losses"]["loss_total"], rel=1e-5)
+
+
+def test_all_53_recipes_hold_the_official_numbers():
+    recipes = golden("recipes.json")
+    assert len(recipes) == 53
+    for name, official in recipes.items():
+        config = data.load_config(f"{ROOT}/configs.json:{name}")
+        net, text, run = config["model"], config["data"], config["train"]
+        large = official["encoder"] == "large"
+        assert (net["encoder_width"], net["encoder_layers"]) == ((1024, 24) if large else (768, 12)), name
+        assert run["batch_size"] == official["batch_per_gpu"] * (8 if name.startswith("pretrain") else 1), name
+        jitter = official["large_scale_jitter"]
+        assert text["jitter"] == (jitter and [jitter["jitter_min"], jitter["jitter_max"]]), name
+        assert official["token_mlp_layers"] == 1 and official["optimizer"] == "Adam"
+        pairs = [(net, ours, theirs) for ours, theirs in MODEL_KEYS.items()]
+        pairs += [(run, ours, theirs) for ours, theirs in TRAIN_KEYS.items()]
+        for section, ours, theirs in [*pairs, (text, "max_tokens", "max_tokens")]:
+            assert section[ours] == official[theirs], f"{name}: {ours}"
+
+
+MODEL_KEYS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "queries": "num_queries",
+    "decoder_layers": "decoder_layers",
+    "tqg_layers": "tqg_layers",
+    "tqg_ffn": "tqg_ffn_dim",
+    "drop_path": "drop_path_effective",
+}
+TRAIN_KEYS = {
+    **{name: name for name in ("loss_decoder", "loss_token_on_truth", "loss_token_on_teacher", "amsgrad", "betas")},
+    **{name: name for name in ("eps", "weight_decay", "lr", "lr_encoder", "warmup_epochs", "decay_epochs")},
+    **{name: name for name in ("decay_factor", "epochs", "ema", "ema_decay", "evaluate_every", "seed")},
+    "clip_norm": "grad_norm_clip",
+    "evaluate_from": "evaluate_from_epoch",
+}
+
+
+def test_initial_weights_have_the_official_spread_but_for_the_stated_deviations():
+    """D7: the encoder's linear layers, words and positions; D11: TQG."""
+    torch.manual_seed(0)
+    model = models.SimVG(**data.load_config(f"{ROOT}/configs.json:refcoco")["model"])
+    ours = dict(model.named_parameters())
+    groups: dict[str, list[torch.Tensor]] = {}
+    for name, value in official_state().items():
+        renamed = models.convert({name: value})
+        for own in renamed:
+            groups.setdefault(re.sub(r"\.\d+(?=\.)", ".N", name), []).append(ours[own].detach())
+    stats = golden("init_stats_base.json")
+    deviating = r"layers\.N\.(self_attn\.\w_proj|self_attn\.out_proj|ffn)\.[AB]\.?(fc\d)?\.weight|text_embed|embed_pos"
+    for name, tensors in groups.items():
+        values = torch.cat([t.flatten() for t in tensors])
+        if re.search(deviating, name) or "text_guided" in name and name.endswith("weight") or len(values) < 300:
+            continue
+        assert values.mean().item() == pytest.approx(stats[name]["mean"], abs=0.15 * stats[name]["std"] + 1e-6), name
+        assert values.std().item() == pytest.approx(stats[name]["std"], rel=0.1, abs=1e-6), name
