@@ -96,7 +96,7 @@ class BEiT3(nn.Module):
         self.object_token = nn.Parameter(torch.zeros(1, 1, width))  # BEiT-3's [CLS]
         self.image_positions = nn.Parameter(torch.empty(1 + self.grid**2, width))
         self.text_positions = nn.Parameter(torch.empty(TEXT_POSITIONS, width))
-        # the drop path grows from 0 in the first layer to its full rate in the last
+        # the drop path grows from 0 in the first layer to its full rate in the last; for `large` that is 0 (D10)
         rates = [drop_path * i / max(layers - 1, 1) for i in range(layers)]
         self.layers = nn.ModuleList(MultiwayLayer(width, heads, ffn, rate) for rate in rates)
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)

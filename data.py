@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # ranks mostly fail alike: the first one says it, and torchrun ends the others meanwhile
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -430,7 +433,7 @@ def batches(dataset: Dataset, collate: Collate, keys: Sequence, workers: int, pi
 
 
 class StepKeys:
-    """The keys of one rank's micro-batches, step after step, epoch after epoch, from (epoch, step) on.
+    """The keys of one rank's micro-batches, step after step, epoch after epoch, from (epoch, step) on (D12).
 
     Each epoch walks through a permutation of all rows; its last batch is filled up from the permutation's start.
     """

@@ -5,7 +5,7 @@
 
 REC (one query): Acc@0.5, the share of expressions whose box has an IoU of at least 0.5 with the truth.
 gREC (several queries): Precision@(F1=1, IoU>=0.5) over all expressions, and N-acc over those without a target.
-Everything is counted per expression and divided once, so that batches and ranks change nothing.
+Everything is counted per expression and divided once, so that batches and ranks change nothing (D9).
 """
 
 import argparse

@@ -153,7 +153,7 @@ def detection_loss(
 
 @torch.no_grad()
 def teacher_weight(logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor) -> Tensor:
-    """W_dt of Eq. 6: the mean over matched pairs of IoU x score of the decoder's boxes; 0 without any pair.
+    """W_dt of Eq. 6: the mean over matched pairs of IoU x score of the decoder's boxes; 0 without any pair (D8).
 
     logits (B, Q, 2), boxes (B, Q, 4), targets (B, M, 4), matched (B, Q). One number for the batch of all ranks.
     """

@@ -70,7 +70,7 @@ class TextGuidedQuery(nn.Module):
         super().__init__()
         self.text_proj = nn.Linear(encoder_width, width)
         self.query_embed = nn.Embedding(queries, width)
-        self.layers = nn.ModuleList(DecoderLayer(width, ffn, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(DecoderLayer(width, ffn, dropout) for _ in range(layers))  # not copies (D11)
         self.norm = nn.LayerNorm(width)
         self.as_released = as_released
         positions = beit3.sine_1d(beit3.TEXT_POSITIONS, width, one_frequency=as_released)

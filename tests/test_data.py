@@ -38,6 +38,15 @@ def test_no_fragment_repeats_a_default():
                     assert value != entries["default"][section][key], f"{name}: {section}.{key}"
 
 
+def test_a_new_dataset_takes_one_fragment_and_one_line(tmp_path):
+    entries = json.loads((ROOT / "configs.json").read_text())
+    entries["data-mine"] = {"data": {"annotations": "mine/{split}.jsonl", "images": "mine/images"}}
+    entries["mine-large-stage2"] = ["data-mine", "large", "large-stage2"]
+    (tmp_path / "configs.json").write_text(json.dumps(entries))
+    config = data.load_config(f"{tmp_path}/configs.json:mine-large-stage2")
+    assert config["data"]["images"] == "mine/images" and config["train"]["epochs"] == 10
+
+
 def test_overrides_come_last_and_whole_numbers_serve_as_floats():
     config = data.load_config(f"{CONFIGS}:refcoco-large", ["train.lr=1", "data.jitter=null", "data.images=photos"])
     assert config["train"]["lr"] == 1.0 and isinstance(config["train"]["lr"], float)

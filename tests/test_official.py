@@ -287,7 +287,7 @@ TRAIN_KEYS = {
 
 
 def test_initial_weights_have_the_official_spread_but_for_the_stated_deviations():
-    """D7: the encoder's linear layers, words and positions; D11: TQG."""
+    """D7: the encoder's linear layers, words and positions."""
     torch.manual_seed(0)
     model = models.SimVG(**data.load_config(f"{ROOT}/configs.json:refcoco")["model"])
     ours = dict(model.named_parameters())
@@ -300,7 +300,7 @@ def test_initial_weights_have_the_official_spread_but_for_the_stated_deviations(
     deviating = r"layers\.N\.(self_attn\.\w_proj|self_attn\.out_proj|ffn)\.[AB]\.?(fc\d)?\.weight|text_embed|embed_pos"
     for name, tensors in groups.items():
         values = torch.cat([t.flatten() for t in tensors])
-        if re.search(deviating, name) or "text_guided" in name and name.endswith("weight") or len(values) < 300:
+        if re.search(deviating, name) or len(values) < 250:
             continue
         assert values.mean().item() == pytest.approx(stats[name]["mean"], abs=0.15 * stats[name]["std"] + 1e-6), name
         assert values.std().item() == pytest.approx(stats[name]["std"], rel=0.1, abs=1e-6), name
