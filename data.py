@@ -594,7 +594,12 @@ def make_shapes(folder: Path, scenes: int, kind: str, show: bool = True) -> None
     for split in ("train", "val", "test"):
         rows: list[dict] = []
         wanted = min(2000, scenes)  # expressions of val and test
-        bar = tqdm(total=scenes if split == "train" else wanted, desc=f"drawing {split}", disable=not show, leave=False)
+        bar = tqdm(
+            total=scenes if split == "train" else wanted,
+            desc=f"drawing {split}",
+            disable=None if show else True,
+            leave=False,
+        )
         number = 0
         while (number < scenes) if split == "train" else (len(rows) < wanted):
             rng = random.Random(f"shapes/{split}/{number}")

@@ -237,17 +237,15 @@ def draw(image: Tensor, boxes: dict[str, Tensor], caption: str, height: int = 24
     return page
 
 
-def draw_page(
-    rows: Sequence[data.Row], found: Sequence[dict[str, Result]] | None, path: Path, columns: int = 4
-) -> None:
-    """A page of examples: the true boxes and, where there are results, each branch's."""
+def draw_page(rows: Sequence[data.Row], found: Sequence[dict[str, Result]], path: Path, columns: int = 4) -> None:
+    """A page of examples: the true boxes and each branch's."""
     tiles = []
     for i, row in enumerate(rows):
         image = data.read_image(row.image, row.size, row.where)
         height, width = image.shape[1:]
         expression, boxes = row.choices[0]
         truth = data.clip_boxes(boxes, width, height) / torch.tensor([width, height, width, height])
-        shown = {"truth": truth} | ({name: result.boxes for name, result in found[i].items()} if found else {})
+        shown = {"truth": truth} | {name: result.boxes for name, result in found[i].items()}
         tiles.append(draw(image, shown, expression))
     width, height = max(t.width for t in tiles) + 4, max(t.height for t in tiles) + 4
     page = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "black")
@@ -257,38 +255,33 @@ def draw_page(
 
 
 def draw_curves(records: Sequence[dict], path: Path) -> None:
-    """curves.png from the rows of metrics.jsonl: training loss terms above, validation figures below, over steps."""
-    train = [r for r in records if r["split"] == "train"]
-    other = [r for r in records if r["split"] == "val" or r.get("select")]
-    panels = [
-        (
-            train,
-            [
-                k
-                for k in ("decoder", "token_on_truth", "token_on_teacher", "teacher_weight")
-                if train and k in train[-1]
-            ],
-        ),
-        (other, [k for k in (other[-1] if other else {}) if k.endswith(("_acc", "_f1", "_nacc"))]),
-    ]
+    """A picture of metrics.jsonl over the steps: loss terms above, figures of the first evaluated split below."""
     page = Image.new("RGB", (720, 520), "white")
     pen = ImageDraw.Draw(page)
-    inks = ("black", "royalblue", "darkorange", "seagreen")
-    for top, (rows, names) in zip((10, 270), panels, strict=True):
-        pen.rectangle((50, top, 700, top + 220), outline="grey")
-        if not rows or not names:
-            continue
-        last = max(r["step"] for r in rows) or 1
-        high = max(max(r.get(k, 0) for r in rows) for k in names) or 1
-        pen.text((5, top), f"{high:.3g}", fill="black")
-        pen.text((5, top + 210), "0", fill="black")
-        pen.text((600, top + 222), f"step {last}", fill="black")
-        for i, (name, ink) in enumerate(zip(names, inks, strict=False)):
-            points = [(50 + 650 * r["step"] / last, top + 220 - 220 * r[name] / high) for r in rows if name in r]
-            if len(points) > 1:
-                pen.line(points, fill=ink, width=2)
-            pen.text((70 + 160 * i, top + 222), name, fill=ink)
+    train = [row for row in records if row["split"] == "train"]
+    evaluated = [row for row in records if row["split"] != "train"]
+    evaluated = [row for row in evaluated if row["split"] == evaluated[0]["split"]]
+    draw_panel(pen, 10, train, ("decoder", "token_on_truth", "token_on_teacher", "teacher_weight"))
+    draw_panel(pen, 270, evaluated, [name for name in evaluated[0] if name.endswith(("_acc", "_f1", "_nacc"))])
     page.save(path)
+
+
+def draw_panel(pen: ImageDraw.ImageDraw, top: int, rows: Sequence[dict], names: Sequence[str]) -> None:
+    """One chart, from 0 to its highest value; names that the rows do not have are left out."""
+    left, width, height = 50, 650, 220
+    pen.rectangle((left, top, left + width, top + height), outline="grey")
+    names = [name for name in names if rows and name in rows[-1]]
+    if not names:
+        return
+    last, high = rows[-1]["step"], max(row.get(name, 0) for row in rows for name in names) or 1
+    pen.text((5, top), f"{high:.3g}", fill="black")
+    pen.text((5, top + height - 12), "0", fill="black")
+    pen.text((left + width - 70, top + height - 14), f"step {last}", fill="black")
+    for i, name in enumerate(names):
+        ink = ("black", "royalblue", "darkorange", "seagreen")[i]
+        points = [(left + width * r["step"] / last, top + height * (1 - r[name] / high)) for r in rows if name in r]
+        pen.line(points, fill=ink, width=2)
+        pen.text((left + 20 + 150 * i, top + height + 4), name, fill=ink)
 
 
 # -------------------------------------------------------------------------------------------------- the program

@@ -440,6 +440,8 @@ class Log:
         row |= {"data_wait": round(self.waited / self.seconds, 4)}
         self.write(row)
         self.bar.set_postfix(loss=f"{row['total']:.3f}")
+        if run.rank == 0 and self.bar.disable and progress["step"] % (25 * LOG_EVERY) == 0:  # no terminal: plain lines
+            print(f"step {progress['step']}/{self.bar.total}  loss {row['total']:.3f}", file=sys.stderr, flush=True)
         self.sums, self.steps, self.waited, self.seconds = {}, 0, 0.0, 0.0
 
     def figures(self, split: str, figures: dict[str, float]) -> None:
