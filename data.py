@@ -13,8 +13,8 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -499,7 +499,7 @@ def draw_scene(rng: random.Random, counts: Sequence[int]) -> tuple[Image.Image, 
     wanted, tries = rng.choice(counts), 0
     while len(things) < wanted and tries < 200:
         tries += 1
-        side = rng.uniform(0.24, 0.44)
+        side = rng.uniform(0.28, 0.46)
         x, y = rng.uniform(side / 2, 1 - side / 2), rng.uniform(side / 2, 1 - side / 2)
         if any(max(abs(x - t.x), abs(y - t.y)) < (side + t.side) / 2 + 0.01 for t in things):
             continue
@@ -583,50 +583,48 @@ def _shapes_rows(things: list[Thing], image: str, grec: bool, rng: random.Random
     return rows
 
 
-def make_shapes(folder: Path, scenes: int, kind: str, show: bool = True) -> None:
-    """Write the set `kind`: train, val and test .jsonl, images/*.jpg and shapes.spm. Nothing is left half written.
+def _shapes_split(folder: Path, split: str, wanted: int, kind: str, show: bool) -> list[dict]:
+    """Draw the images of one split and return its rows: `wanted` scenes of train, expressions of val and test."""
+    rows: list[dict] = []
+    number = 0
+    bar = tqdm(total=wanted, desc=f"drawing {split}", disable=None if show else True, leave=False)
+    while (number if split == "train" else len(rows)) < wanted:
+        rng = random.Random(f"shapes/{split}/{number}")  # every scene has a seed of its own
+        image, things = draw_scene(rng, COUNTS[kind][split != "train"])
+        name = f"{split}_{number:05d}.jpg"
+        image.save(folder / "images" / name, quality=92, subsampling=0)
+        new = _shapes_rows(things, name, kind == "shapes-grec", rng)
+        if split != "train":
+            new = [{**row, "expressions": row["expressions"][:1]} for row in new]
+        rows += new
+        number += 1
+        bar.update(1 if split == "train" else len(new))
+    bar.close()
+    return rows if split == "train" else rows[:wanted]
 
-    Every scene has a seed of its own, (split, number). val and test hold 2,000 expressions (fewer with few scenes).
+
+def make_shapes(folder: Path, scenes: int, kind: str, show: bool = True) -> None:
+    """Write the set `kind`: train, val and test .jsonl, images/*.jpg and shapes.spm; all of it or nothing.
+
+    `scenes` are those of train; val and test hold 2,000 expressions (fewer with few scenes).
     """
-    target, folder = folder, folder.with_name(f"{folder.name}.part{os.getpid()}")
-    (folder / "images").mkdir(parents=True)
-    texts = set()
-    for split in ("train", "val", "test"):
-        rows: list[dict] = []
-        wanted = min(2000, scenes)  # expressions of val and test
-        bar = tqdm(
-            total=scenes if split == "train" else wanted,
-            desc=f"drawing {split}",
-            disable=None if show else True,
-            leave=False,
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        part = Path(scratch) / folder.name
+        (part / "images").mkdir(parents=True)
+        texts: set[str] = set()
+        for split in ("train", "val", "test"):
+            rows = _shapes_split(part, split, scenes if split == "train" else min(2000, scenes), kind, show)
+            (part / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            texts.update(text for row in rows if split == "train" for text in row["expressions"])
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sorted(texts)),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=160,  # enough for every word of the phrases to be one piece
+            hard_vocab_limit=False,
+            minloglevel=2,
         )
-        number = 0
-        while (number < scenes) if split == "train" else (len(rows) < wanted):
-            rng = random.Random(f"shapes/{split}/{number}")
-            image, things = draw_scene(rng, COUNTS[kind][split != "train"])
-            name = f"{split}_{number:05d}.jpg"
-            image.save(folder / "images" / name, quality=92, subsampling=0)
-            new = _shapes_rows(things, name, kind == "shapes-grec", rng)
-            if split != "train":
-                new = [{**row, "expressions": row["expressions"][:1]} for row in new]
-            rows += new
-            bar.update(1 if split == "train" else len(new))
-            number += 1
-        bar.close()
-        rows = rows if split == "train" else rows[:wanted]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        texts.update(text for row in rows if split == "train" for text in row["expressions"])
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sorted(texts)),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=160,  # enough for every word of the phrases to be one piece
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    (folder / "shapes.spm").write_bytes(model.getvalue())
-    if target.exists():  # another process was faster
-        shutil.rmtree(folder)
-    else:
-        folder.rename(target)
+        (part / "shapes.spm").write_bytes(model.getvalue())
+        part.rename(folder)

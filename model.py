@@ -276,7 +276,8 @@ def initialise(model: SimVG, path: str | Path) -> str:
         weights[positions] = beit3.resize_positions(weights[positions], grid, extra=1)
         new = {queries} if weights[queries].shape != own[queries].shape else set()
     else:
-        kind, weights = "BEiT-3", _beit3_weights(state, path, grid, patch)
+        weights, unused = _beit3_weights(state, path, grid, patch)
+        kind = f"BEiT-3 (not used: {', '.join(unused)})"
         new = {name for name in own if not name.startswith("encoder.")}
     taken = {name: value.float() for name, value in weights.items() if name not in new}
     load_strictly(model, {**{name: own[name] for name in new}, **taken}, path)
@@ -300,17 +301,19 @@ def _simvg_weights(state: dict, path: str | Path) -> tuple[str, dict[str, Tensor
         raise InputError(f"{path}: is no SimVG checkpoint of the official code: {error.args[0]}") from None
 
 
-def _beit3_weights(state: dict, path: str | Path, grid: int, patch: int) -> dict[str, Tensor]:
-    """The encoder's tensors of a BEiT-3 checkpoint, resized, under this project's names."""
+def _beit3_weights(state: dict, path: str | Path, grid: int, patch: int) -> tuple[dict[str, Tensor], list[str]]:
+    """The encoder's tensors of a BEiT-3 checkpoint, resized, under this project's names; and the names not used:
+    the mask token, and whatever lies outside the encoder, such as pre-training heads."""
     found = state.get("model") or state.get("module") or state
-    found = {name.removeprefix("beit3."): v for name, v in found.items() if name.startswith("beit3.")}
-    if not found:
+    encoder = {name.removeprefix("beit3."): v for name, v in found.items() if name.startswith("beit3.")}
+    if not encoder:
         raise InputError(f"{path}: holds neither SimVG nor BEiT-3 weights")
     try:
-        weights = beit3.convert(beit3.resize_pretrained(found, grid, patch))
+        weights = beit3.convert(beit3.resize_pretrained(encoder, grid, patch))
     except KeyError as error:
         raise InputError(f"{path}: holds a tensor that BEiT-3 does not have: beit3.{error.args[0]}") from None
-    return {f"encoder.{name}": value for name, value in weights.items()}
+    unused = sorted(name for name in found if not name.startswith("beit3.") or name == f"beit3.{beit3.UNUSED}")
+    return {f"encoder.{name}": value for name, value in weights.items()}, unused
 
 
 def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
