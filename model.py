@@ -213,9 +213,10 @@ def save(path: str | Path, state: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when the disk is full
         part.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written, the older state is kept: {error.strerror}") from None
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise InputError(f"{path}: cannot be written, the older state is kept: {reason}") from None
 
 
 def read_checkpoint(path: str | Path) -> dict:

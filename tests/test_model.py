@@ -1,6 +1,8 @@
 """model.py: the branches, and files that survive a round trip or are refused in one line."""
 
 import copy
+import errno
+import os
 import pickle
 
 import pytest
@@ -146,6 +148,19 @@ def test_initialising_fills_every_parameter_that_the_file_has(tmp_path):
     report = models.initialise(model, tmp_path / "a.pt")
     assert report.endswith("; new: tqg.query_embed.weight")
     assert {name for name, p in model.named_parameters() if p.isnan().any()} == {"tqg.query_embed.weight"}
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatch):
+    models.save(tmp_path / "a.pt", {"step": 1})
+    monkeypatch.setattr(models.os, "fsync", no_space)
+    with pytest.raises(data.InputError, match="No space left"):
+        models.save(tmp_path / "a.pt", {"step": 2})
+    assert models.read_checkpoint(tmp_path / "a.pt") == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def no_space(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class Bomb:
