@@ -32,6 +32,7 @@ from torchvision.ops import box_convert
 from tqdm import tqdm
 
 MAX_PIXELS = 50_000_000  # a larger image is refused before it is decoded
+ORIENTATION = 0x0112  # the EXIF tag
 Box = tuple[float, float, float, float]  # x, y, w, h in pixels of the original image
 
 
@@ -241,11 +242,15 @@ def check_box(box: object, size: tuple[int, int] | None, where: str) -> None:
 
 
 def check_files(rows: Sequence[Row]) -> None:
-    """InputError that names the first row whose image is not there, and how many are missing."""
-    missing = [row for row in {row.image: row for row in rows}.values() if not os.path.isfile(row.image)]
+    """InputError unless every image is there, opens, and has the size that its row states. Pixels are not decoded."""
+    images = {row.image: row for row in rows}
+    missing = [row for row in images.values() if not os.path.isfile(row.image)]
     if missing:
-        first = missing[0]
-        raise InputError(f"{first.where}: there is no image {first.image} ({len(missing)} images are missing)")
+        raise InputError(
+            f"{missing[0].where}: there is no image {missing[0].image} ({len(missing)} of {len(images)} are missing)"
+        )
+    for row in images.values():
+        open_image(row.image, row.size, row.where).close()
 
 
 def expand(rows: Sequence[Row]) -> list[Row]:
@@ -286,22 +291,34 @@ class Tokenizer:
 # ------------------------------------------------------------------------------------------------------ images
 
 
-def read_image(path: str, size: tuple[int, int] | None = None, where: str = "") -> Tensor:
-    """An image file -> (3, H, W) uint8 RGB, turned upright as EXIF says; `size` (width, height) is checked."""
+def open_image(path: str, size: tuple[int, int] | None = None, where: str = "") -> Image.Image:
+    """An image file with its header read and checked; `size` is what the row says, (width, height)."""
     where = where or path
     try:
-        with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise InputError(
-                    f"{where}: image {path} has {file.width} x {file.height} pixels, more than {MAX_PIXELS}"
-                )
-            image = ImageOps.exif_transpose(file).convert("RGB")
+        file = Image.open(path)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or "damaged, cut off or no image"
-        raise InputError(f"{where}: cannot read the image {path}: {reason}") from None
-    if size and image.size != size:
-        found, said = (f"{w} x {h}" for w, h in (image.size, size))
-        raise InputError(f"{where}: image {path} is {found}, the row says {said}")
+        raise InputError(f"{where}: cannot read the image {path}: {image_fault(error)}") from None
+    width, height = file.size
+    if file.getexif().get(ORIENTATION, 1) >= 5:  # to be turned by a quarter
+        width, height = height, width
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{where}: image {path} has {width} x {height} pixels, more than {MAX_PIXELS:,}")
+    if size and size != (width, height):
+        raise InputError(f"{where}: image {path} is {width} x {height}, the row says {size[0]} x {size[1]}")
+    return file
+
+
+def image_fault(error: Exception) -> str:
+    return getattr(error, "strerror", None) or "damaged, cut off or no image"
+
+
+def read_image(path: str, size: tuple[int, int] | None = None, where: str = "") -> Tensor:
+    """An image file -> (3, H, W) uint8 RGB, turned upright as EXIF says."""
+    with open_image(path, size, where) as file:
+        try:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise InputError(f"{where or path}: cannot read the image {path}: {image_fault(error)}") from None
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
 
 
@@ -565,8 +582,9 @@ def _shapes_rows(things: list[Thing], image: str, grec: bool, rng: random.Random
     rows = []
     for kind in KINDS:
         found = phrases(things, kind)
-        if grec:
-            count = rng.choice((0, 1, 2))
+        if grec:  # 2 stands for several; no target is drawn a little less often than the others
+            counts = sorted({min(len(named), 2) for _, named in found})
+            count = rng.choices(counts, [(2, 3, 3)[n] for n in counts])[0] if counts else 0
             found = [(text, named) for text, named in found if min(len(named), 2) == count]
         else:
             found = [(text, named) for text, named in found if len(named) == 1]

@@ -265,7 +265,11 @@ def test_jitter_keeps_half_of_every_one_of_many_boxes():
 def test_missing_images_are_found_before_anything_starts(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**GOOD, "image": f"{i}.jpg"}) + "\n" for i in range(3)))
     save_image(tmp_path / "0.jpg")
-    with pytest.raises(data.InputError, match=r"rows.jsonl:2: there is no image .*1.jpg \(2 images"):
+    with pytest.raises(data.InputError, match=r"rows.jsonl:2: there is no image .*1.jpg \(2 of 3"):
+        data.check_files(data.read_rows(section(tmp_path), "train"))
+    for name in ("1.jpg", "2.jpg"):
+        save_image(tmp_path / name, size=(64, 48) if name == "1.jpg" else (20, 20))
+    with pytest.raises(data.InputError, match=r"rows.jsonl:3: image .*2.jpg is 20 x 20, the row says 64 x 48"):
         data.check_files(data.read_rows(section(tmp_path), "train"))
 
 

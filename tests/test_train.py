@@ -114,6 +114,27 @@ def test_a_run_that_was_stopped_and_killed_ends_with_bitwise_the_same_weights(sh
     assert steps == [(r["split"], r["step"]) for r in rows(shapes, "broken")]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config", "configs.json:shaps"], "'shapes'"),
+        (["--config", "configs.json:shapes", "--set", "train.lrate=1"], "train.lr"),
+        (["--config", "configs.json:shapes", "--set", "train.epochs=many"], "train.epochs must be an integer"),
+        (["--config", "configs.json:shapes", "--set", "data.tokenizer=no.spm"], "no.spm"),
+        (["--config", "configs.json:shapes", "--set", "data.images=data/shapes/nowhere"], "there is no image"),
+        (["--config", "configs.json:shapes", "--set", "data.annotations=bad.jsonl"], "bad.jsonl:2: box"),
+        (["--config", "configs.json:shapes", "--init", "configs.json"], "configs.json: is not a checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2_and_leaves_no_run_behind(arguments, expected, shapes):
+    good = (shapes / "data/shapes/train.jsonl").read_text().splitlines()[0]
+    (shapes / "bad.jsonl").write_text(good + "\n" + json.dumps({**json.loads(good), "boxes": [[90, 90, 20, 20]]}))
+    sets = [] if "--set" in arguments else ["--set"]
+    done = program("train.py", *arguments, *sets, "data.scenes=60", "--out", "runs/bad", cwd=shapes, status=2)
+    assert expected in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert not (shapes / "runs" / "bad").exists()
+
+
 def test_an_embedded_set_of_another_size_is_not_taken_for_the_one_asked_for(shapes):
     done = start(shapes, "other", "data.scenes=61", status=2)
     assert "60 scenes" in done.stderr and not (shapes / "runs" / "other").exists()
