@@ -582,9 +582,8 @@ def _shapes_rows(things: list[Thing], image: str, grec: bool, rng: random.Random
     rows = []
     for kind in KINDS:
         found = phrases(things, kind)
-        if grec:  # 2 stands for several; no target is drawn a little less often than the others
-            counts = sorted({min(len(named), 2) for _, named in found})
-            count = rng.choices(counts, [(2, 3, 3)[n] for n in counts])[0] if counts else 0
+        if grec:  # 2 stands for several; a scene always has phrases for none, so none is drawn less often
+            count = rng.choices((0, 1, 2), (1, 2, 2))[0]
             found = [(text, named) for text, named in found if min(len(named), 2) == count]
         else:
             found = [(text, named) for text, named in found if len(named) == 1]
