@@ -230,11 +230,7 @@ def make_optimizer(model: models.SimVG, settings: dict) -> torch.optim.Optimizer
 
 
 def lr_factor(
-    epoch: float,
-    warmup_epochs: float,
-    decay_epochs: Sequence[int] | None,
-    decay_factor: float,
-    epochs: int = 0,
+    epoch: float, warmup_epochs: float, decay_epochs: Sequence[int] | None, decay_factor: float, epochs: int = 0
 ) -> float:
     """What the learning rate is multiplied by in an epoch (from 0): a staircase of warm-up, then steps down.
 
@@ -284,9 +280,8 @@ def selection(figures: dict[str, float]) -> float:
 
 def is_due(epoch: int, settings: dict) -> bool:
     """Is there an evaluation after this many epochs? Always after the last one."""
-    if epoch == settings["epochs"]:
-        return True
-    return epoch >= settings["evaluate_from"] and epoch % settings["evaluate_every"] == 0
+    regular = epoch >= settings["evaluate_from"] and epoch % settings["evaluate_every"] == 0
+    return regular or epoch == settings["epochs"]
 
 
 # ------------------------------------------------------------------------------------------- ranks and folders
@@ -295,9 +290,7 @@ def is_due(epoch: int, settings: dict) -> bool:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train SimVG. Under torchrun it uses every rank.")
     parser.add_argument("--config", required=True, metavar="FILE:NAME", help="such as configs.json:refcoco")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="SECTION.KEY=VALUE", help="change keys"
-    )
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as train.lr=1e-4")
     parser.add_argument("--out", metavar="FOLDER", help="the run's folder (default: runs/NAME)")
     parser.add_argument("--init", metavar="FILE", help="start from BEiT-3, SimVG or official SimVG weights")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
