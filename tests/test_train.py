@@ -78,16 +78,15 @@ def test_micro_batches_give_the_weights_of_the_whole_batch(shapes):
         torch.testing.assert_close(last(shapes, "parts")["model"][name], value, atol=1e-6, rtol=0, msg=name)
 
 
-def interrupted(shapes: Path, out: str, number: int, after: float, resume: bool = False) -> int:
-    """Start the run, send a signal after some seconds, return its exit status."""
-    line = ["train.py", "--config", "configs.json:shapes", "--out", f"runs/{out}", "--set", *SMALL_RUN, *LONGER]
-    line += ["--resume"] if resume else []
-    process = subprocess.Popen(
-        command_line(*line), cwd=shapes, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def interrupted(shapes: Path, out: str, number: int, after: float) -> int:
+    """Start or go on with the run, send it a signal some seconds after its first step, return its exit status."""
+    line = ["train.py", "--config", "configs.json:shapes", "--out", f"runs/{out}", "--resume", "--set", *SMALL_RUN]
+    command, metrics = command_line(*line, *LONGER), shapes / "runs" / out / "metrics.jsonl"
+    began = metrics.stat().st_mtime if metrics.exists() else 0
+    process = subprocess.Popen(command, cwd=shapes, env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not (shapes / "runs" / out / "config.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while not (metrics.exists() and metrics.stat().st_mtime > began) and time.monotonic() < deadline:
+        time.sleep(0.02)
     time.sleep(after)
     process.send_signal(number)
     return process.wait(60)
@@ -99,11 +98,11 @@ LONGER = ["train.epochs=6", "train.batch_size=4", "model.dropout=0.1", "train.em
 def test_a_run_that_was_stopped_and_killed_ends_with_bitwise_the_same_weights(shapes):
     start(shapes, "straight", *LONGER)
     rng = random.Random(0)
-    assert interrupted(shapes, "broken", signal.SIGTERM, 1.0) == 128 + signal.SIGTERM
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        interrupted(shapes, "broken", number, rng.uniform(2.0, 4.0), resume=True)
-        if (shapes / "runs/broken/last.pt").exists():
-            last(shapes, "broken")  # never a half-written file
+    assert interrupted(shapes, "broken", signal.SIGTERM, 0.5) == 128 + signal.SIGTERM
+    assert 0 < last(shapes, "broken")["step"] < last(shapes, "straight")["step"]
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        interrupted(shapes, "broken", number, rng.uniform(0.1, 0.9))
+        last(shapes, "broken")  # never a half-written file
     start(shapes, "broken", *LONGER, "--resume")
     a, b = last(shapes, "straight"), last(shapes, "broken")
     assert a["step"] == b["step"] and a["best"] == b["best"]
