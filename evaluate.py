@@ -11,8 +11,8 @@ Everything is counted per expression and divided once, so that batches and ranks
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -333,32 +333,40 @@ def load_collate(config: dict) -> data.Collate:
 
 def main() -> None:
     args = parse_arguments()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
+    rank, _, device = join_ranks()
     model, config, kind = models.load_with_config(args.ckpt, device)
     if args.config:
         config = data.load_config(args.config)
         config["model"] |= {"image_size": model.image_size, "queries": model.tqg.query_embed.num_embeddings}
-    if config is None:
+    elif kind.startswith("official"):
         raise InputError(
             f"{args.ckpt}: an official checkpoint holds no config, name one: --config configs.json:refcoco"
         )
     data.override_config(config, args.set)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"{args.ckpt}: {kind}", file=sys.stderr)
+    if rank == 0:
+        print(f"{args.ckpt}: {kind}")
     if args.image is None:
-        evaluate_splits(args, model, config)
-    else:
+        evaluate_splits(args, model, config, rank)
+    elif rank == 0:
         ground_one(args, model, config)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict) -> None:
+def join_ranks() -> tuple[int, int, torch.device]:
+    """(rank, world size, device) of this process; under torchrun it joins the others."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # open faults: wrong gradients with masks, NaN for one query
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return (dist.get_rank() if world > 1 else 0), world, device
+
+
+def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict, rank: int) -> None:
     """Print one table a split, and the same figures as a line of JSON."""
     branch = chosen_branch(args, config)
     collate = load_collate(config)
@@ -366,7 +374,7 @@ def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict)
         dataset = load_split(config, split)
         found = evaluate(model, dataset, collate, branch, workers=config["data"]["workers"], title=split)
         figures = summary(found, dataset.rows, config["model"]["queries"] > 1)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if rank == 0:
             print_table(split, figures, by_kind(found, dataset.rows))
             print(json.dumps({"split": split, **figures}))
 

@@ -10,14 +10,12 @@ of (seed, epoch, step), nothing random is stored.
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -61,7 +59,7 @@ def main() -> None:
     config = data.load_config(args.config, args.set)
     settings, section = config["train"], config["data"]
     out = Path(args.out or f"runs/{args.config.rpartition(':')[2]}")
-    rank, world, device = join_ranks()
+    rank, world, device = evaluate.join_ranks()
     micro = micro_batch(settings["batch_size"], settings["micro_batch"], world)
     state = found_run(out, config, args.resume)
     if rank == 0:
@@ -295,19 +293,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--init", metavar="FILE", help="start from BEiT-3, SimVG or official SimVG weights")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     return parser.parse_args()
-
-
-def join_ranks() -> tuple[int, int, torch.device]:
-    """(rank, world size, device) of this process; under torchrun it joins the others."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cuda.enable_cudnn_sdp(False)  # open faults: wrong gradients with masks, NaN for one query
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    return (dist.get_rank() if world > 1 else 0), world, device
 
 
 def wait_for_all() -> None:
