@@ -18,6 +18,9 @@ import train
 from conftest import ROOT, SMALL_RUN, command_line, environment, program, tiny_model
 
 EXACT = ["model.dropout=0.0", "train.epochs=1"]
+# The bias of an attention's keys has no effect, so its gradient is rounding noise, which Adam blows up to whole steps
+# unless eps is above the noise. Where sums are taken in another order that alone can exceed 1e-6.
+STEADY = [*EXACT, "train.eps=1e-6"]
 
 
 def start(shapes: Path, out: str, *more: str, config: str = "shapes", ranks: int = 1, **options):
@@ -61,7 +64,7 @@ def test_a_folder_that_holds_a_run_is_refused_in_one_line(shapes, trained):
 @pytest.mark.parametrize("grec", [False, True])
 def test_two_ranks_with_half_the_batch_give_the_weights_of_one(shapes, grec):
     config = "shapes-grec" if grec else "shapes"
-    short = [*EXACT, "train.batch_size=24"]
+    short = [*(STEADY if grec else EXACT), "train.batch_size=24"]
     start(shapes, f"one{grec}", *short, config=config)
     start(shapes, f"two{grec}", *short, config=config, ranks=2)
     one, two = last(shapes, f"one{grec}"), last(shapes, f"two{grec}")
@@ -71,7 +74,7 @@ def test_two_ranks_with_half_the_batch_give_the_weights_of_one(shapes, grec):
 
 
 def test_micro_batches_give_the_weights_of_the_whole_batch(shapes):
-    short = [*EXACT, "train.loss_token_on_teacher=null"]  # the weight W_dt is one number a micro-batch
+    short = [*STEADY, "train.loss_token_on_teacher=null"]  # the weight W_dt is one number a micro-batch
     start(shapes, "whole", *short)
     start(shapes, "parts", *short, "train.micro_batch=4")
     for name, value in last(shapes, "whole")["model"].items():
