@@ -315,12 +315,6 @@ def micro_batch(batch: int, most: int, world: int) -> int:
     return next(size for size in range(min(most, share), 0, -1) if share % size == 0)
 
 
-def amp_dtype(name: str) -> torch.dtype | None:
-    if name not in AMP:
-        raise InputError(f'train.amp must be "" (float32), "bf16" or "fp16", not {name!r}')
-    return AMP[name]
-
-
 def any_stopped(stopped: list[int], step: int, world: int, device: torch.device) -> bool:
     """Has any rank been asked to stop? All ranks agree, so that all leave after the same step."""
     if world == 1:
