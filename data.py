@@ -6,32 +6,42 @@
 Whatever is drawn at random is a function of (seed, epoch, index), so that ranks, workers and restarts change nothing.
 """
 
+import argparse
 import difflib
 import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import sentencepiece
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 MAX_PIXELS = 50_000_000  # a larger image is refused before it is decoded
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which would warn from 89 million on, gives way to ours
 ORIENTATION = 0x0112  # the EXIF tag
 Box = tuple[float, float, float, float]  # x, y, w, h in pixels of the original image
 
@@ -144,113 +154,185 @@ def read_rows(data: dict, split: str) -> list[Row]:
     """The rows of one split. `data` is that section of a config; its `annotations` names either a JSON Lines file
     with {split} in its name or an official instances.json, which holds every split.
 
-    InputError names file and line of a malformed row.
+    InputError names file and line of the first malformed row.
     """
-    path = Path(data["annotations"].replace("{split}", split))
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if path.suffix == ".json":
-        try:
-            splits = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"{path}: is not JSON: {error}") from None
-        if not isinstance(splits, dict) or split not in splits:
-            have = ", ".join(splits) if isinstance(splits, dict) else "no splits"
-            raise InputError(f"{path}: there is no split {split!r}, it holds: {have}")
-        rows = [_official_row(row, f"{path}: {split}[{i}]", data) for i, row in enumerate(splits[split])]
-    else:
-        lines = enumerate(text.split("\n"), 1)
-        rows = [_json_row(line, f"{path}:{number}", data) for number, line in lines if line.strip()]
-    if not rows:
-        raise InputError(f"{path}: holds no row of split {split!r}")
+    rows = []
+    for row in scan_rows(data, split):
+        if isinstance(row, InputError):
+            raise row
+        rows.append(row)
     return rows
 
 
-def _json_row(line: str, where: str, data: dict) -> Row:
+def scan_rows(data: dict, split: str) -> Iterator[Row | InputError]:
+    """Every row of a split, or what is wrong with it. InputError is raised where the file itself is wrong."""
+    path = Path(data["annotations"].replace("{split}", split))
+    found = False
+    if path.suffix == ".json":
+        splits = read_json(path)
+        if not isinstance(splits, dict) or not isinstance(splits.get(split), list):
+            have = ", ".join(splits) if isinstance(splits, dict) else "no splits"
+            raise InputError(f"{path}: there is no split {split!r}, it holds: {have}")
+        numbered = ((f"{path}: {split}[{i}]", row) for i, row in enumerate(splits[split]))
+    else:
+        numbered = json_lines(path)
+    for where, row in numbered:
+        found = True
+        if isinstance(row, InputError):
+            yield row
+            continue
+        try:
+            yield _row(row, where, data)
+        except InputError as error:
+            yield error
+    if not found:
+        raise InputError(f"{path}: holds no row of split {split!r}")
+
+
+def read_json(path: Path) -> object:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: is not JSON: {error}") from None
-    if not isinstance(row, dict) or not {"image", "expressions", "boxes"} <= row.keys():
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON: {error}") from None
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    """("file:line", what the line holds) of every line that is not blank; an InputError for a line that is no JSON."""
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{path}:{number}"
+                try:
+                    text = line.decode("utf-8-sig").strip()
+                    if text:
+                        yield where, json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    yield where, InputError(f"{where}: is not JSON: {error}")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _row(row: object, where: str, data: dict) -> Row:
+    """A row of either form -> Row; InputError says what is wrong with it."""
+    if not isinstance(row, dict) or not ({"image", "boxes"} <= row.keys() or {"image_id", "bbox"} <= row.keys()):
         raise InputError(f'{where}: expected an object with "image", "expressions" and "boxes"')
-    if not isinstance(row["image"], str) or not isinstance(row["boxes"], list):
-        raise InputError(f'{where}: "image" must be a file name and "boxes" a list of [x, y, w, h]')
-    if not isinstance(row["expressions"], list) or not row["expressions"]:
+    image, source, expressions = row.get("image", row.get("image_id")), row.get("source"), row.get("expressions")
+    if not isinstance(expressions, list) or not expressions:
         raise InputError(f'{where}: "expressions" must be a list of one or more strings')
-    choices = [(expression, row["boxes"]) for expression in row["expressions"]]
-    return _checked_row(row, row["image"], choices, row.get("source"), where, data)
-
-
-def _official_row(row: dict, where: str, data: dict) -> Row:
-    """A row of SeqTR's and SimVG's instances.json. In gRefCOCO's, boxes[i] are those of expressions[i], and a
-    no-target expression has the category -1."""
-    try:
-        image, boxes = int(row["image_id"]), row["bbox"]
-        if "annotations" in row:
-            choices = [
-                (expression, [box for box, target in zip(each, targets, strict=True) if target["category_id"] != -1])
-                for expression, each, targets in zip(row["expressions"], boxes, row["annotations"], strict=True)
-            ]
-        else:
-            choices = [(expression, [boxes]) for expression in row["expressions"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: is not a row of instances.json: {type(error).__name__} {error}") from None
-    if not choices:
-        raise InputError(f"{where}: has no expression")
-    return _checked_row(row, image, choices, row.get("data_source"), where, data)
-
-
-def image_path(pattern: str, image: str | int) -> str:
-    """`folder/COCO_train2014_{:012d}.jpg` and a number, or a folder (or such a pattern) and a file name -> a path."""
-    if isinstance(image, int):
-        return pattern.format(image)
-    return os.path.join(os.path.dirname(pattern) if "{" in pattern else pattern, image)
-
-
-def _checked_row(row: dict, image: str | int, choices: list, source: str | None, where: str, data: dict) -> Row:
-    if source is not None and source not in data["sources"]:
-        raise InputError(f"{where}: source {source!r} has no folder in data.sources")
+    if "boxes" in row:
+        boxes = _boxes_of_each(row["boxes"], len(expressions), where)
+    else:
+        source, boxes = row.get("data_source"), _official_boxes(row, where)
     size = row.get("width"), row.get("height")
     if size == (None, None):
         size = None
-    elif not all(isinstance(side, int) and side > 0 for side in size):
-        raise InputError(f"{where}: width and height must be positive integers, not {size}")
-    for expression, boxes in choices:
-        if not isinstance(expression, str) or not clean(expression).strip():
-            raise InputError(f"{where}: an expression must be a text with at least one word, not {expression!r}")
-        for box in boxes:
+    check_size(size, where)
+    for expression, each in zip(expressions, boxes, strict=True):
+        check_expression(expression, where)
+        for box in each:
             check_box(box, size, where)
+    choices = tuple(
+        (e, tuple(tuple(map(float, box)) for box in each)) for e, each in zip(expressions, boxes, strict=True)
+    )
+    return Row(_image_path(image, source, data, where), choices, size, str(row.get("kind", "")), where)
+
+
+def _boxes_of_each(boxes: object, expressions: int, where: str) -> list:
+    """`boxes` of a JSON Lines row is one list of boxes for all expressions, or such a list for each of them."""
+    if not isinstance(boxes, list) or not all(isinstance(box, list) for box in boxes):
+        raise InputError(f'{where}: "boxes" must be a list of [x, y, w, h], not {boxes!r:.60}')
+    if not any(not box or isinstance(box[0], list) for box in boxes):
+        return [boxes] * expressions
+    if len(boxes) != expressions or not all(not each or isinstance(each[0], list) for each in boxes):
+        raise InputError(f'{where}: "boxes" must be one list of boxes, or one such list for each expression')
+    return boxes
+
+
+def _official_boxes(row: dict, where: str) -> list:
+    """Of SeqTR's and SimVG's instances.json: one box a row; in gRefCOCO's bbox[i] are those of expressions[i], and a
+    no-target expression has the category -1."""
+    if "annotations" not in row:
+        return [[row["bbox"]]] * len(row["expressions"])
+    try:
+        return [
+            [box for box, target in zip(each, targets, strict=True) if target["category_id"] != -1]
+            for _, each, targets in zip(row["expressions"], row["bbox"], row["annotations"], strict=True)
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: is not a gRefCOCO row of instances.json: {error!r}") from None
+
+
+def _image_path(image: object, source: object, data: dict, where: str) -> str:
+    """A file name in a folder, or a number in a pattern such as `folder/COCO_train2014_{:012d}.jpg`."""
+    if source is not None and (not isinstance(source, str) or source not in data["sources"]):
+        raise InputError(f"{where}: source {source!r} has no folder in data.sources")
     pattern = data["images"] if source is None else data["sources"][source]
-    choices = tuple((expression, tuple(tuple(map(float, box)) for box in boxes)) for expression, boxes in choices)
-    return Row(image_path(pattern, image), choices, size, str(row.get("kind", "")), where)
+    if isinstance(image, str) and image.isprintable() and image:
+        return os.path.join(os.path.dirname(pattern) if "{" in pattern else pattern, image)
+    if type(image) is not int:
+        raise InputError(f"{where}: the image must be a file name or a number, not {image!r:.60}")
+    if "{" not in pattern:
+        raise InputError(f"{where}: the image is a number, so {pattern!r} should be a pattern: .../{{:012d}}.jpg")
+    try:
+        return pattern.format(image)
+    except (LookupError, ValueError):
+        raise InputError(f"{pattern}: is not a pattern for file names such as .../{{:012d}}.jpg") from None
+
+
+def check_expression(expression: object, where: str) -> None:
+    """InputError unless something is left of the text after cleaning (and it can be written as UTF-8)."""
+    if not isinstance(expression, str) or not clean(expression).strip():
+        raise InputError(f"{where}: an expression must be a text with at least one word, not {expression!r:.60}")
+    if re.search("[\ud800-\udfff]", expression):
+        raise InputError(f"{where}: the expression {expression!r:.60} holds half a character")
+
+
+def check_size(size: tuple | None, where: str) -> None:
+    if size and not all(type(side) is int and side > 0 for side in size):
+        raise InputError(f"{where}: width and height must be positive integers, not {size}")
 
 
 def check_box(box: object, size: tuple[int, int] | None, where: str) -> None:
-    """InputError unless box is [x, y, w, h] with an area and inside the image (2 pixels of slack)."""
+    """InputError unless box is [x, y, w, h] with an area, of which at least half lies in the image.
+
+    What reaches out is clipped later, as in the official loader; some published sets (Visual Genome) have such boxes.
+    """
     numbers = isinstance(box, (list, tuple)) and len(box) == 4
-    if not numbers or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
-        raise InputError(f"{where}: a box must be [x, y, w, h] in pixels, not {box}")
+    if not numbers or not all(type(v) in (int, float) and abs(v) < 1e9 for v in box):
+        raise InputError(f"{where}: a box must be [x, y, w, h] in pixels, not {box!r:.60}")
     x, y, w, h = box
     if w <= 0 or h <= 0:
         raise InputError(f"{where}: box {list(box)} has no area (expected [x, y, w, h] in pixels)")
-    if size and (x < -2 or y < -2 or x + w > size[0] + 2 or y + h > size[1] + 2):
-        raise InputError(
-            f"{where}: box {list(box)} lies outside the image of {size[0]} x {size[1]} pixels (expected [x, y, w, h])"
-        )
+    if size:
+        inside = [
+            max(0, min(at + side, most) - max(at, 0)) for at, side, most in zip((x, y), (w, h), size, strict=True)
+        ]
+        if inside[0] * inside[1] < w * h / 2:
+            of = f"the image of {size[0]} x {size[1]} pixels"
+            raise InputError(f"{where}: box {list(box)} lies outside {of} (expected [x, y, w, h])")
 
 
 def check_files(rows: Sequence[Row]) -> None:
-    """InputError unless every image is there, opens, and has the size that its row states. Pixels are not decoded."""
+    """InputError unless every image is there, opens, has the size that its rows state and holds their boxes.
+
+    Only headers are read: a picture that is damaged further on is found when used, or by `data.py check --images`.
+    """
     images = {row.image: row for row in rows}
     missing = [row for row in images.values() if not os.path.isfile(row.image)]
     if missing:
         raise InputError(
             f"{missing[0].where}: there is no image {missing[0].image} ({len(missing)} of {len(images)} are missing)"
         )
-    for row in images.values():
-        open_image(row.image, row.size, row.where).close()
+    sizes: dict[tuple, tuple[int, int]] = {}
+    for row in rows:
+        if (row.image, row.size) not in sizes:
+            with open_image(row.image, row.size, row.where) as file:
+                sizes[row.image, row.size] = row.size or _upright_size(file)
+        for _, boxes in () if row.size else row.choices:
+            for box in boxes:
+                check_box(box, sizes[row.image, row.size], row.where)
 
 
 def expand(rows: Sequence[Row]) -> list[Row]:
@@ -296,30 +378,38 @@ def open_image(path: str, size: tuple[int, int] | None = None, where: str = "") 
     where = where or path
     try:
         file = Image.open(path)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: cannot read the image {path}: {image_fault(error)}") from None
-    width, height = file.size
-    if file.getexif().get(ORIENTATION, 1) >= 5:  # to be turned by a quarter
-        width, height = height, width
-    if width * height > MAX_PIXELS:
-        raise InputError(f"{where}: image {path} has {width} x {height} pixels, more than {MAX_PIXELS:,}")
-    if size and size != (width, height):
-        raise InputError(f"{where}: image {path} is {width} x {height}, the row says {size[0]} x {size[1]}")
+        upright = _upright_size(file)
+    except Exception as error:  # Pillow's readers raise whatever a damaged header makes them stumble over
+        raise InputError(f"{where}: cannot read the image {path}: {_fault(error)}") from None
+    if file.width * file.height > MAX_PIXELS:
+        raise InputError(f"{where}: image {path} has {file.width} x {file.height} pixels, more than {MAX_PIXELS:,}")
+    if size and size not in (upright, file.size):
+        raise InputError(f"{where}: image {path} is {upright[0]} x {upright[1]}, the row says {size[0]} x {size[1]}")
     return file
 
 
-def image_fault(error: Exception) -> str:
+def _upright_size(file: Image.Image) -> tuple[int, int]:
+    quarter = file.getexif().get(ORIENTATION, 1) >= 5  # to be turned by a quarter
+    return (file.height, file.width) if quarter else file.size
+
+
+def _fault(error: Exception) -> str:
     return getattr(error, "strerror", None) or "damaged, cut off or no image"
 
 
 def read_image(path: str, size: tuple[int, int] | None = None, where: str = "") -> Tensor:
-    """An image file -> (3, H, W) uint8 RGB, turned upright as EXIF says."""
+    """An image file -> (3, H, W) uint8 RGB, turned upright as EXIF says unless the row states the size of the file as
+    it lies on disk: then its boxes were drawn there (D13)."""
     with open_image(path, size, where) as file:
         try:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"{where or path}: cannot read the image {path}: {image_fault(error)}") from None
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W)
+            turn = not size or size == _upright_size(file)
+            image = ImageOps.exif_transpose(file) if turn else file
+            if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = np.asarray(image.convert("RGB"))
+        except Exception as error:  # as above
+            raise InputError(f"{where or path}: cannot read the image {path}: {_fault(error)}") from None
+    return torch.tensor(image).permute(2, 0, 1)  # (3, H, W)
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
@@ -386,9 +476,6 @@ class Dataset:
         expression, xywh = row.choices[rng.randrange(len(row.choices))]
         image = read_image(row.image, row.size, row.where)
         height, width = image.shape[1:]
-        if row.size is None:
-            for box in xywh:
-                check_box(box, (width, height), row.where)
         boxes = clip_boxes(xywh, width, height)  # (n, 4) xyxy
         if self.jitter:
             image, boxes = jitter(image, boxes, self.jitter, self.image_size, rng)
@@ -471,6 +558,405 @@ class StepKeys:
                 numbers = [order[i % self.rows] for i in range(step * self.batch, (step + 1) * self.batch)][self.share]
                 for i in range(0, len(numbers), self.micro):
                     yield [(epoch, number) for number in numbers[i : i + self.micro]]
+
+
+# --------------------------------------------------------------------------------------------------- looking at it
+
+INK = {"truth": "lime", "decoder": "orange", "token": "deepskyblue"}
+
+
+def draw(image: Tensor, boxes: dict[str, Tensor], caption: str, side: int = 280) -> Image.Image:
+    """image (3, H, W) uint8 and {"truth" | "decoder" | "token": (n, 4) xyxy in 0..1} -> a captioned picture."""
+    scale = side / max(image.shape[1:])
+    height, width = (max(1, round(scale * length)) for length in image.shape[1:])
+    canvas = resize(image, height, width)
+    for name, each in boxes.items():
+        if len(each):
+            scaled = each * torch.tensor([width, height, width, height])
+            canvas = draw_bounding_boxes(canvas, scaled, colors=INK[name], width=2)
+    page = Image.new("RGB", (side, height + 32))
+    page.paste(to_pil_image(canvas))
+    pen = ImageDraw.Draw(page)
+    pen.text((3, height + 2), caption[: side // 6], fill="white")
+    for i, name in enumerate(boxes):
+        pen.text((3 + 60 * i, height + 17), name, fill=INK[name])
+    return page
+
+
+def tile(pictures: Sequence[Image.Image], path: str | Path, columns: int) -> None:
+    """Save pictures side by side as one page."""
+    width, height = max(p.width for p in pictures) + 4, max(p.height for p in pictures) + 4
+    page = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height))
+    for i, picture in enumerate(pictures):
+        page.paste(picture, (i % columns * width, i // columns * height))
+    page.save(path)
+
+
+def show(config: dict, split: str, number: int, path: str) -> None:
+    """A page of examples of a split: each as it is on disk, then as training (train) or evaluation gets it."""
+    rows = expand(read_rows(config["data"], split))
+    rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), min(number, len(rows))))]
+    check_files(rows)
+    dataset = Dataset(
+        rows, config["model"]["image_size"], jitter=config["data"]["jitter"] if split == "train" else None
+    )
+    pictures = []
+    for i, row in enumerate(tqdm(rows, desc="drawing", disable=None, leave=False)):
+        image, (expression, xywh) = read_image(row.image, row.size, row.where), row.choices[0]
+        height, width = image.shape[1:]
+        boxes = clip_boxes(xywh, width, height) / torch.tensor([width, height, width, height])
+        seen, _, moved, _ = dataset[0, i]
+        pictures.append(draw(image, {"truth": boxes}, expression))
+        pictures.append(draw(seen, {"truth": box_convert(moved, "cxcywh", "xyxy")}, os.path.basename(row.image)))
+    tile(pictures, path, columns=6)
+    print(f"{path}: {len(rows)} examples of {split}, each before and after augmentation and resizing")
+
+
+def check(config: dict, splits: Sequence[str], decode: bool) -> None:
+    """Print what the splits hold and up to 20 faults, by row; InputError where there is one. `decode` opens images."""
+    section = config["data"]
+    tokenizer = Tokenizer(section["tokenizer"])
+    columns = ("rows", "expressions", "images", "none", "one", "many", "repeated", "cut", "clipped", "faults")
+    print(f"{'':8}" + "".join(f"{name:>12}" for name in columns))
+    faults: list[InputError] = []
+    for split in splits:
+        before, count, rows = len(faults), Counter(), []
+        for row in scan_rows(section, split):
+            (faults if isinstance(row, InputError) else rows).append(row)
+        faults += _image_faults(rows, decode)
+        seen: set = set()
+        for row in rows:
+            count["rows"] += 1
+            for expression, boxes in row.choices:
+                count["expressions"] += 1
+                count[("none", "one", "many")[min(len(boxes), 2)]] += 1
+                count["repeated"] += (row.image, expression, boxes) in seen
+                count["cut"] += len(tokenizer.model.encode(clean(expression))) > section["max_tokens"] - 2
+                count["clipped"] += any(_reaches_out(box, row.size) for box in boxes)
+                seen.add((row.image, expression, boxes))
+        count |= {"images": len({row.image for row in rows}), "faults": len(faults) - before}
+        print(f"{split:8}" + "".join(f"{count[name]:>12,}" for name in columns))
+    print(
+        f"repeated: the same image, text and boxes once more; cut: longer than {section['max_tokens']} tokens with "
+        "<s> and </s>;\nclipped: a box reaches more than 2 pixels out of its image"
+    )
+    for fault in faults[:20]:
+        print(fault)
+    if faults:
+        raise InputError(f"{len(faults):,} faults" + (", the first 20 are above" if len(faults) > 20 else ""))
+
+
+def _reaches_out(box: Box, size: tuple[int, int] | None) -> bool:
+    x, y, w, h = box
+    return size is not None and (min(x, y) < -2 or x + w > size[0] + 2 or y + h > size[1] + 2)
+
+
+def _image_faults(rows: Sequence[Row], decode: bool) -> list[InputError]:
+    """What is wrong with the images of the rows: is each there, and, if `decode`, whole and of the stated size?"""
+
+    def fault(row: Row) -> InputError | None:
+        try:
+            if not os.path.isfile(row.image):
+                raise InputError(f"{row.where}: there is no image {row.image}")
+            if decode:
+                read_image(row.image, row.size, row.where)
+                check_files([row])
+        except InputError as error:
+            return error
+        return None
+
+    once = list({(row.image, row.size): row for row in rows}.values())
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
+        found = list(tqdm(pool.map(fault, once), total=len(once), desc="images", disable=None, leave=False))
+    return [error for error in found if error]
+
+
+# ------------------------------------------------------------------------------------- other annotation layouts
+
+
+class Named(NamedTuple):
+    """One expression of a foreign file."""
+
+    split: str
+    key: Hashable  # those of the same key share a row of the training split
+    image: str | int
+    expression: str
+    boxes: list  # xywh, pixels
+    size: tuple[int, int] | None
+    source: str | None = None
+
+
+# what a row of the flat layouts is known by: image, expression, box or boxes, and how these are written
+FLAT = (
+    ("image", "sent", "bbox", "xyxy"),  # Qwen-VL, InternVL
+    ("image", "normal_caption", "solution", "xyxy"),  # VLM-R1; null = no target
+    ("img_path", "expression", "bbox", "xyxy"),  # Shikra, ASM
+    ("file_name", "expression", "bbox", "xywh"),
+    ("file_name", "expression", "bbox_xyxy", "xyxy"),
+    ("file_name", "expression", "boxes_xyxy", "xyxy"),
+)
+# expressions, images, and of gRefCOCO the expressions with no, one and several targets, as the authors' files have them
+PUBLISHED = {
+    "refcoco": {"train": (120624, 16994), "val": (10834, 1500), "testA": (5657, 750), "testB": (5095, 750)},
+    "refcoco+": {"train": (120191, 16992), "val": (10758, 1500), "testA": (5726, 750), "testB": (4889, 750)},
+    "refcocog-umd": {"train": (80512, 21899), "val": (4896, 1300), "test": (9602, 2600)},
+    "refcocog-google": {"train": (85474, 24698), "val": (9536, 4650)},
+    "referit": {"train": (54127, 9000), "val": (5842, 1000), "test": (60103, 10000)},
+    "flickr30k": {"train": (427193, 29783), "val": (14433, 1000), "test": (14481, 999)},
+    "grefcoco": {
+        "train": (209344, 16994, 19140, 120624, 69580),
+        "val": (14229, 1501, 8905, 0, 5324),
+        "testA": (19200, 750, 4448, 5917, 8835),
+        "testB": (16063, 750, 4673, 5646, 5744),
+    },
+}
+
+
+def convert(sources: Sequence[str], to: str, published: str | None) -> None:
+    """Write foreign annotation files as JSON Lines, a file a split, all of them or none; print what came out.
+
+    In the training split the expressions of one object (in gRefCOCO and SeqTR's file: of one row) share a row, since a
+    training epoch draws one of them; in the others every expression has its own. Nothing is dropped or merged.
+    """
+    if "{split}" not in to:
+        raise InputError(f"--to {to}: expected {{split}} in the name, such as data/annotations/refcoco/{{split}}.jsonl")
+    counts: dict[str, Counter] = {}
+    images: dict[str, set] = {}
+    with ExitStack() as stack:
+        files: dict[str, TextIO] = {}
+        shared: dict[Hashable, list[Named]] = {}
+        for source in sources:
+            for each in read_foreign(Path(source)):
+                if each.split not in files:
+                    files[each.split] = stack.enter_context(_new_file(to.replace("{split}", each.split)))
+                    counts[each.split], images[each.split] = Counter(), set()
+                count = counts[each.split]
+                count["expressions"] += 1
+                count[("none", "one", "many")[min(len(each.boxes), 2)]] += 1
+                images[each.split].add(each.image)
+                if each.split == "train":
+                    shared.setdefault((source, each.key), []).append(each)
+                else:
+                    count["rows"] += 1
+                    files[each.split].write(_json_line([each]))
+        for together in shared.values():
+            counts["train"]["rows"] += 1
+            files["train"].write(_json_line(together))
+        if not files:
+            raise InputError(f"{', '.join(sources)}: holds no expression")
+    for split, count in counts.items():
+        count["images"] = len(images[split])
+    _print_counts(counts, PUBLISHED.get(published or "", {}), to)
+
+
+@contextmanager
+def _new_file(path: str) -> Iterator[TextIO]:
+    """A text file that appears under its name when the block ends well, and not at all otherwise."""
+    if os.path.exists(path):
+        raise InputError(f"{path}: is there already, nothing was written")
+    part = Path(path + ".part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "w", encoding="utf-8") as file:
+            yield file
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _json_line(together: Sequence[Named]) -> str:
+    first = together[0]
+    each = [named.boxes for named in together]
+    image = os.path.basename(first.image) if isinstance(first.image, str) else first.image
+    row = {"image": image, "expressions": [named.expression for named in together]}
+    row["boxes"] = first.boxes if all(boxes == first.boxes for boxes in each) else each
+    if first.size:
+        row |= {"width": first.size[0], "height": first.size[1]}
+    if first.source:
+        row["source"] = first.source
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _print_counts(counts: dict[str, Counter], published: dict[str, tuple], to: str) -> None:
+    names = ("expressions", "images", "none", "one", "many")
+    print(f"{'':12}{'rows':>12}" + "".join(f"{name:>12}" for name in names))
+    for split, count in counts.items():
+        print(f"{split:12}{count['rows']:>12,}" + "".join(f"{count[name]:>12,}" for name in names))
+        wanted = dict(zip(names, published.get(split, ()), strict=False))
+        differ = [f"{name} {count[name] - value:+,}" for name, value in wanted.items() if count[name] != value]
+        if wanted:
+            print(f"{'  published':24}" + "".join(f"{value:>12,}" for value in wanted.values()), end="  ")
+            print("differs: " + ", ".join(differ) if differ else "equal")
+    for split in counts:
+        print(to.replace("{split}", split))
+
+
+def read_foreign(path: Path) -> Iterator[Named]:
+    """Every expression of a file of any known layout, checked; the layout is told by name and content.
+
+    refer's refs(*).p and gRefCOCO's grefs(*).json (with instances.json beside them), MDETR's finetune_*.json, TransVG's
+    *.pth, SeqTR's instances.json, and the flat ones of `FLAT`, in lines or as a list. InputError names file and row.
+    """
+    items, understand = _layout(path)
+    for where, item in tqdm(items, desc=path.name, disable=None, leave=False):
+        if isinstance(item, InputError):
+            raise item
+        try:
+            found = understand(where, item)
+        except InputError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{where}: is not as a row of this layout should be: {error!r:.150}") from None
+        for each in found:
+            check_size(each.size, where)
+            check_expression(each.expression, where)
+            for box in each.boxes:
+                check_box(box, each.size, where)
+            yield each
+
+
+def _layout(path: Path) -> tuple[Sequence | Iterator, Callable[[str, Any], list[Named]]]:
+    """((where, item) pairs, what makes Named of one) of a foreign file."""
+    if path.suffix == ".jsonl":
+        return json_lines(path), partial(_flat, _split_of(path))
+    content = _load_pickle(path) if path.suffix in (".p", ".pth") else read_json(path)
+    if isinstance(content, dict) and "images" in content:
+        coco = _coco(path, content)
+        return [(f"{path}: image {i}", coco.imgs[i]) for i in coco.imgs], partial(_mdetr, coco, _split_of(path))
+    if isinstance(content, dict) and all(isinstance(rows, list) for rows in content.values()):
+        splits = content.items()
+        return [(f"{path}: {split}[{i}]", (split, row)) for split, rows in splits for i, row in enumerate(rows)], _seqtr
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{path}: holds no rows of a known layout")
+    rows = [(f"{path}: row {i}", row) for i, row in enumerate(content)]
+    if path.suffix == ".pth":
+        return rows, partial(_transvg, _split_of(path))
+    if isinstance(content[0], dict) and "ref_id" in content[0]:
+        beside = path.parent / "instances.json"
+        return rows, partial(_refer, _coco(beside, read_json(beside)), set())
+    return rows, partial(_flat, _split_of(path))
+
+
+def _split_of(path: Path) -> str:
+    """finetune_refcoco_testA.json -> testA"""
+    word = re.split(r"[^A-Za-z]", path.stem)[-1].lower()
+    for split in ("train", "val", "test", "testA", "testB", "trainval"):
+        if word == split.lower():
+            return split
+    raise InputError(f"{path}: expected a name that ends in the split, such as refcoco_testA{path.suffix}")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads containers, numbers and strings, and numpy arrays. Whatever else a pickle wants to call is refused."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}:
+            return super().find_class(module, name)
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return np.empty(0).__reduce__()[0]
+        raise pickle.UnpicklingError(f"it would call {module}.{name}")
+
+
+def _load_pickle(path: Path) -> object:
+    """What a refer pickle (Python 2's, too) holds, or a .pth of torch before 1.6: the fourth of its pickles."""
+    try:
+        with open(path, "rb") as file:
+            for _ in range(4 if path.suffix == ".pth" else 1):
+                content = _PlainUnpickler(file, encoding="latin1").load()
+    except Exception as error:  # a damaged pickle can raise anything
+        fault = getattr(error, "strerror", None) or f"not a pickle of plain data: {error!s:.100}"
+        raise InputError(f"{path}: cannot be read: {fault}") from None
+    return content
+
+
+def _coco(path: Path, content: object) -> COCO:
+    """The contents of a COCO file, indexed by pycocotools. Ids must not repeat: it would keep only the last of them."""
+    coco = COCO()
+    coco.dataset = content
+    try:
+        with redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        for kind, by_id in {"images": coco.imgs, "annotations": coco.anns}.items():
+            if len(by_id) != len(content[kind]):
+                raise InputError(f"{path}: ids of {kind} repeat")
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: is not a COCO annotation file: {error!r:.150}") from None
+    unknown = coco.imgToAnns.keys() - coco.imgs.keys()
+    if unknown:
+        raise InputError(f"{path}: has annotations of an image {list(unknown)[0]} that it does not list")
+    return coco
+
+
+def _refer(coco: COCO, seen: set, where: str, ref: dict) -> list[Named]:
+    """refer's refs and gRefCOCO's, with the images and boxes of the instances.json in the same folder."""
+    if ref["ref_id"] in seen:
+        raise InputError(f"{where}: ref_id {ref['ref_id']} repeats")
+    seen.add(ref["ref_id"])
+    image = coco.imgs[ref["image_id"]]
+    numbers = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+    boxes = [coco.anns[number]["bbox"] for number in numbers if number != -1]
+    key = ref["image_id"] if "no_target" in ref else ref["ref_id"]  # gRefCOCO trains image by image
+    letters = re.fullmatch("test([A-C]{2,})", ref["split"])  # in refclef a ref can be in several splits
+    return [
+        Named(split, key, image["file_name"], sentence["sent"], boxes, (image["width"], image["height"]))
+        for split in ([f"test{letter}" for letter in letters[1]] if letters else [ref["split"]])
+        for sentence in ref["sentences"]
+    ]
+
+
+def _mdetr(coco: COCO, split: str, where: str, image: dict) -> list[Named]:
+    """MDETR's finetune_*.json, an image entry an expression; gRefCOCO's marks the empty ones and trains by image."""
+    targets = coco.imgToAnns[image["id"]]
+    if not targets:
+        raise InputError(f"{where}: has no annotation")
+    boxes = [target["bbox"] for target in targets if target["category_id"] != -1]
+    key = image.get("original_id", image["id"])
+    if "empty" not in targets[0]:
+        key = key, targets[0].get("original_id", targets[0]["id"])
+    size = image["width"], image["height"]
+    texts = image.get("expressions") or [image["caption"]]
+    return [Named(split, key, image["file_name"], text, boxes, size) for text in texts]
+
+
+def _transvg(split: str, where: str, row: tuple) -> list[Named]:
+    """TransVG's tuples: file, [object,] box, phrase, ...; boxes are xywh for COCO's images, xyxy for the others."""
+    key, box, text = row[1:4] if len(row) > 3 else (where, *row[1:])
+    box = [float(v) for v in box]
+    return [Named(split, key, row[0], text, [box if row[0].startswith("COCO") else _xywh(box)], None)]
+
+
+def _seqtr(where: str, item: tuple) -> list[Named]:
+    """SeqTR's instances.json, which also loads as it is; its images are numbers, as in the patterns of data.images."""
+    split, row = item
+    size, source = (row["width"], row["height"]), row.get("data_source")
+    return [
+        Named(split, where, row["image_id"], text, boxes, size, source)
+        for text, boxes in zip(row["expressions"], _official_boxes(row, where), strict=True)
+    ]
+
+
+def _flat(split: str, where: str, row: dict) -> list[Named]:
+    """One box and one expression a row (ReCLIP: one object and its sentences)."""
+    size = (row["width"], row["height"]) if "width" in row else None
+    if {"anns", "sentences"} <= row.keys():
+        by_id = {target["id"]: target["bbox"] for target in row["anns"]}
+        boxes = [by_id[i] for i in (row["ann_id"] if isinstance(row["ann_id"], list) else [row["ann_id"]])]
+        return [Named(split, where, row["file_name"], s["sent"], boxes, size) for s in row["sentences"]]
+    layout = next((layout for layout in FLAT if row.keys() >= set(layout[:3])), None)
+    if layout is None:
+        raise InputError(f"{where}: has the keys {', '.join(row)}, which is no known layout")
+    image, text, boxes = (row[name] for name in layout[:3])
+    boxes = [] if boxes is None else boxes if layout[2] == "boxes_xyxy" else [boxes]
+    if layout[3] == "xyxy":
+        boxes = [_xywh(box) for box in boxes]
+    return [Named(split, (image, str(boxes)), image, text, boxes, size)]
+
+
+def _xywh(box: Sequence[float]) -> list[float]:
+    x1, y1, x2, y2 = box
+    return [x1, y1, round(x2 - x1, 6), round(y2 - y1, 6)]  # 596.87 - 303.58 is 293.29, not 293.28999999999996
 
 
 # ------------------------------------------------------------------------------------- the embedded shapes set
@@ -645,3 +1131,44 @@ def make_shapes(folder: Path, scenes: int, kind: str, show: bool = True) -> None
         )
         (part / "shapes.spm").write_bytes(model.getvalue())
         part.rename(folder)
+
+
+# -------------------------------------------------------------------------------------------------- the program
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.job == "convert":
+        convert(args.sources, args.to, args.published)
+        return
+    config = load_config(args.config, args.set)
+    if args.job == "check":
+        check(config, args.split or ["train", *config["data"]["eval_splits"]], args.images)
+    else:
+        show(config, args.split, args.n, args.save)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Annotations: convert other layouts, check them, look at them.")
+    jobs = parser.add_subparsers(dest="job", required=True, metavar="convert | check | show")
+    job = jobs.add_parser("convert", help="other layouts to JSON Lines", description=read_foreign.__doc__)
+    job.add_argument("sources", nargs="+", metavar="FILE", help="annotation files, told apart by name and content")
+    job.add_argument("--to", required=True, metavar="PATTERN", help="such as data/annotations/mine/{split}.jsonl")
+    job.add_argument("--published", choices=PUBLISHED, help="compare with this set's published sizes")
+    with_config = argparse.ArgumentParser(add_help=False)
+    with_config.add_argument("--config", required=True, metavar="FILE:NAME", help="such as configs.json:refcoco")
+    with_config.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as data.images=DIR"
+    )
+    job = jobs.add_parser("check", parents=[with_config], help="count what is there and name what is wrong")
+    job.add_argument("--split", nargs="+", metavar="NAME", help="default: train and those the config evaluates")
+    job.add_argument("--images", action="store_true", help="also decode every image")
+    job = jobs.add_parser("show", parents=[with_config], help="a page of examples before and after augmentation")
+    job.add_argument("--split", default="train", metavar="NAME")
+    job.add_argument("-n", type=int, default=16, help="number of examples")
+    job.add_argument("--save", default="examples.png", metavar="FILE")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -16,13 +16,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.ops import box_convert, clip_boxes_to_image, generalized_box_iou
-from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 import data
@@ -31,7 +29,6 @@ from data import InputError
 
 THRESHOLD = 0.7  # a gREC query is an answer from this score on
 BRANCHES = ("decoder", "token")
-COLORS = {"truth": "white", "decoder": "orange", "token": "deepskyblue"}
 
 
 # ----------------------------------------------------------------------------------------------------- metrics
@@ -218,26 +215,7 @@ def ground(
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
-def draw(image: Tensor, boxes: dict[str, Tensor], caption: str, height: int = 240) -> Image.Image:
-    """image (3, H, W) uint8 and {"truth" | "decoder" | "token": (n, 4) xyxy in 0..1} -> a captioned picture."""
-    width = max(1, round(height * image.shape[2] / image.shape[1]))
-    canvas = data.resize(image, height, width)
-    for name, each in boxes.items():
-        if len(each):
-            scaled = each * torch.tensor([width, height, width, height])
-            canvas = draw_bounding_boxes(canvas, scaled, colors=COLORS[name], width=2)
-    page = Image.new("RGB", (max(width, 240), height + 32), "black")
-    page.paste(Image.fromarray(np.asarray(canvas.permute(1, 2, 0))), (0, 0))
-    pen = ImageDraw.Draw(page)
-    pen.text((3, height + 2), caption[:44], fill="white")
-    x = 3
-    for name in boxes:
-        pen.text((x, height + 17), name, fill=COLORS[name])
-        x += 8 * len(name)
-    return page
-
-
-def draw_page(rows: Sequence[data.Row], found: Sequence[dict[str, Result]], path: Path, columns: int = 4) -> None:
+def draw_page(rows: Sequence[data.Row], found: Sequence[dict[str, Result]], path: Path) -> None:
     """A page of examples: the true boxes and each branch's."""
     tiles = []
     for i, row in enumerate(rows):
@@ -246,12 +224,8 @@ def draw_page(rows: Sequence[data.Row], found: Sequence[dict[str, Result]], path
         expression, boxes = row.choices[0]
         truth = data.clip_boxes(boxes, width, height) / torch.tensor([width, height, width, height])
         shown = {"truth": truth} | {name: result.boxes for name, result in found[i].items()}
-        tiles.append(draw(image, shown, expression))
-    width, height = max(t.width for t in tiles) + 4, max(t.height for t in tiles) + 4
-    page = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height), "black")
-    for i, tile in enumerate(tiles):
-        page.paste(tile, (i % columns * width, i // columns * height))
-    page.save(path)
+        tiles.append(data.draw(image, shown, expression))
+    data.tile(tiles, path, columns=4)
 
 
 def draw_curves(records: Sequence[dict], path: Path) -> None:
@@ -317,7 +291,8 @@ def trained_branch(settings: dict) -> str:
 
 def load_split(config: dict, split: str) -> data.Dataset:
     rows = data.expand(data.read_rows(config["data"], split))
-    data.check_files(rows)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        data.check_files(rows)
     return data.Dataset(rows, config["model"]["image_size"])
 
 
@@ -362,7 +337,8 @@ def join_ranks() -> tuple[int, int, torch.device]:
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)  # open faults: wrong gradients with masks, NaN for one query
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return (dist.get_rank() if world > 1 else 0), world, device
 
 
@@ -393,7 +369,7 @@ def ground_one(args: argparse.Namespace, model: models.SimVG, config: dict) -> N
         for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
             print(f"{branch}: box {' '.join(f'{v:.1f}' for v in box)} (x1 y1 x2 y2, pixels), score {score:.3f}")
     path = args.save or str(Path(args.image).with_suffix("")) + "_grounded.png"
-    draw(image, answers, args.text, height=max(240, min(800, image.shape[1]))).save(path)
+    data.draw(image, answers, args.text, side=max(280, min(1000, max(image.shape[1:])))).save(path)
     print(f"picture: {path}")
 
 

@@ -68,7 +68,8 @@ def main() -> None:
 
     # 2. data, model, optimiser
     rows = data.read_rows(section, "train")
-    data.check_files(rows)
+    if rank == 0:
+        data.check_files(rows)
     train_set = data.Dataset(rows, config["model"]["image_size"], settings["seed"], section["jitter"])
     splits = {split: evaluate.load_split(config, split) for split in section["eval_splits"]}
     collate = evaluate.load_collate(config)
@@ -130,7 +131,10 @@ def train_epoch(run: Run, stream: Iterator, per_step: int, steps: int, log: "Log
     run.model.train()
     while progress["step_in_epoch"] < steps:
         began = time.monotonic()
-        batch = [next(stream).to(device) for _ in range(per_step)]
+        batch, fault = fetch(stream, per_step)
+        if on_any_rank(bool(run.stopped or fault)):
+            stop(run, log, fault)
+        batch = [b.to(device) for b in batch]
         waited = time.monotonic() - began
         set_learning_rate(run.optimizer, settings, progress, steps)
         torch.manual_seed(hash((settings["seed"], progress["step"], run.rank)))  # dropout and drop path
@@ -142,16 +146,37 @@ def train_epoch(run: Run, stream: Iterator, per_step: int, steps: int, log: "Log
         progress["step_in_epoch"] += 1
         update_ema(run.ema, run.model, settings["ema_decay"], progress["step"])
         log.step(terms, waited, time.monotonic() - began)
-        if any_stopped(run.stopped, progress["step"], run.world, device):
-            save_last(run)
-            log.bar.close()
-            if run.rank == 0:
-                print(f"stopped after step {progress['step']}; --resume goes on", file=sys.stderr)
-            leave(128 + (run.stopped or [signal.SIGTERM])[0])
         if time.monotonic() - saved > 60 * settings["save_minutes"]:
             save_last(run)
             saved = time.monotonic()
     progress |= {"epoch": progress["epoch"] + 1, "step_in_epoch": 0}
+
+
+def fetch(stream: Iterator, count: int) -> tuple[list[data.Batch], InputError | None]:
+    """The next micro-batches, or why there are none: an image that was damaged all along, or vanished meanwhile."""
+    try:
+        return [next(stream) for _ in range(count)], None
+    except InputError as error:
+        return [], error
+
+
+def on_any_rank(flag: bool) -> bool:
+    """Asked by every rank before every step, so that all leave at the same one. On the host: no GPU has to wait."""
+    flags = torch.tensor(float(flag))
+    if dist.is_initialized():
+        dist.all_reduce(flags)
+    return flags.item() > 0
+
+
+def stop(run: Run, log: "Log", fault: InputError | None) -> None:
+    """Save and leave: after a signal, or because some rank cannot go on."""
+    save_last(run)
+    log.bar.close()
+    if fault:
+        print(f"train.py: {fault}", file=sys.stderr)
+    if run.rank == 0:
+        print(f"stopped after step {run.progress['step']}; --resume goes on", file=sys.stderr)
+    leave(128 + run.stopped[0] if run.stopped else 2)
 
 
 def validate(run: Run, split: str, dataset: data.Dataset, collate: data.Collate, log: "Log") -> None:
@@ -313,15 +338,6 @@ def micro_batch(batch: int, most: int, world: int) -> int:
         raise InputError(f"train.batch_size {batch} (of all ranks together) cannot be shared by {world} ranks")
     share = batch // world
     return next(size for size in range(min(most, share), 0, -1) if share % size == 0)
-
-
-def any_stopped(stopped: list[int], step: int, world: int, device: torch.device) -> bool:
-    """Has any rank been asked to stop? All ranks agree, so that all leave after the same step."""
-    if world == 1:
-        return bool(stopped)
-    if step % LOG_EVERY:
-        return False
-    return bool(losses.global_sum(torch.tensor(float(len(stopped)), device=device)) > 0)
 
 
 def found_run(out: Path, config: dict, resume: bool) -> dict | None:

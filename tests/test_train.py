@@ -216,8 +216,3 @@ def test_every_epoch_walks_through_all_rows_whatever_the_ranks_and_micro_batches
     assert sorted(sum(sum(per_rank, []), [])) == whole[1]
     resumed = list(data.StepKeys(20, settings, 8, (0, 2), 0, 1))
     assert resumed == list(data.StepKeys(20, settings, 8, (0, 0), 0, 1))[2:]
-
-
-def test_signals_are_only_looked_at_between_steps():
-    assert not train.any_stopped([], 5, 1, torch.device("cpu"))
-    assert train.any_stopped([15], 5, 1, torch.device("cpu"))
