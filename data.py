@@ -21,9 +21,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -319,20 +320,37 @@ def check_files(rows: Sequence[Row]) -> None:
 
     Only headers are read: a picture that is damaged further on is found when used, or by `data.py check --images`.
     """
-    images = {row.image: row for row in rows}
-    missing = [row for row in images.values() if not os.path.isfile(row.image)]
-    if missing:
-        raise InputError(
-            f"{missing[0].where}: there is no image {missing[0].image} ({len(missing)} of {len(images)} are missing)"
-        )
-    sizes: dict[tuple, tuple[int, int]] = {}
+    faults = image_faults(rows, read=open_image)
+    if faults:
+        more = f" (and {len(faults) - 1:,} more images are at fault)" if len(faults) > 1 else ""
+        raise InputError(f"{faults[0]}{more}")
+
+
+def image_faults(rows: Sequence[Row], read: Callable | None) -> list[InputError]:
+    """What is wrong with images: a fault each. `read` is open_image, read_image, or None: are they there at all?"""
+    by_image: dict[str, list[Row]] = {}
     for row in rows:
-        if (row.image, row.size) not in sizes:
-            with open_image(row.image, row.size, row.where) as file:
-                sizes[row.image, row.size] = row.size or _upright_size(file)
-        for _, boxes in () if row.size else row.choices:
-            for box in boxes:
-                check_box(box, sizes[row.image, row.size], row.where)
+        by_image.setdefault(row.image, []).append(row)
+
+    def fault(group: list[Row]) -> InputError | None:
+        try:
+            if not os.path.isfile(group[0].image):
+                return InputError(f"{group[0].where}: there is no image {group[0].image}")
+            for row in {row.size: row for row in group}.values() if read else ():
+                read(row.image, row.size, row.where)
+            if read and any(row.size is None for row in group):
+                with open_image(group[0].image) as file:
+                    size = _upright_size(file)
+                for row in group:
+                    for box in [box for _, boxes in row.choices for box in boxes]:
+                        check_box(box, row.size or size, row.where)
+        except InputError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor() as pool:  # reading and decoding wait outside of Python's lock
+        found = tqdm(pool.map(fault, by_image.values()), "images", len(by_image), disable=None, leave=False)
+        return [error for error in found if error]
 
 
 def expand(rows: Sequence[Row]) -> list[Row]:
@@ -378,10 +396,11 @@ def open_image(path: str, size: tuple[int, int] | None = None, where: str = "") 
     where = where or path
     try:
         file = Image.open(path)
-        upright = _upright_size(file)
+        too_large = file.width * file.height > MAX_PIXELS
+        upright = file.size if too_large else _upright_size(file)
     except Exception as error:  # Pillow's readers raise whatever a damaged header makes them stumble over
         raise InputError(f"{where}: cannot read the image {path}: {_fault(error)}") from None
-    if file.width * file.height > MAX_PIXELS:
+    if too_large:
         raise InputError(f"{where}: image {path} has {file.width} x {file.height} pixels, more than {MAX_PIXELS:,}")
     if size and size not in (upright, file.size):
         raise InputError(f"{where}: image {path} is {upright[0]} x {upright[1]}, the row says {size[0]} x {size[1]}")
@@ -389,8 +408,9 @@ def open_image(path: str, size: tuple[int, int] | None = None, where: str = "") 
 
 
 def _upright_size(file: Image.Image) -> tuple[int, int]:
-    quarter = file.getexif().get(ORIENTATION, 1) >= 5  # to be turned by a quarter
-    return (file.height, file.width) if quarter else file.size
+    if file.format == "PNG":  # may have its EXIF behind the pixels, which would all be decoded for it: not looked at
+        return file.size
+    return file.size[:: -1 if file.getexif().get(ORIENTATION, 1) >= 5 else 1]  # from 5 on: turned by a quarter
 
 
 def _fault(error: Exception) -> str:
@@ -402,10 +422,12 @@ def read_image(path: str, size: tuple[int, int] | None = None, where: str = "") 
     it lies on disk: then its boxes were drawn there (D13)."""
     with open_image(path, size, where) as file:
         try:
-            turn = not size or size == _upright_size(file)
+            turn = file.format != "PNG" and (not size or size == _upright_size(file))
             image = ImageOps.exif_transpose(file) if turn else file
             if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode == "P":  # a palette may hold transparent colours, which convert() warns of
+                image = image.convert("RGBA")
             image = np.asarray(image.convert("RGB"))
         except Exception as error:  # as above
             raise InputError(f"{where or path}: cannot read the image {path}: {_fault(error)}") from None
@@ -612,63 +634,44 @@ def show(config: dict, split: str, number: int, path: str) -> None:
     print(f"{path}: {len(rows)} examples of {split}, each before and after augmentation and resizing")
 
 
+CHECKED = (
+    *("rows", "images", "expressions", "- without a target", "- with one", "- with several"),
+    *("- said before of the same boxes", "- too long, so cut", "- with a box over the image's edge", "faults"),
+)
+
+
 def check(config: dict, splits: Sequence[str], decode: bool) -> None:
     """Print what the splits hold and up to 20 faults, by row; InputError where there is one. `decode` opens images."""
-    section = config["data"]
-    tokenizer = Tokenizer(section["tokenizer"])
-    columns = ("rows", "expressions", "images", "none", "one", "many", "repeated", "cut", "clipped", "faults")
-    print(f"{'':8}" + "".join(f"{name:>12}" for name in columns))
-    faults: list[InputError] = []
+    section, faults, table = config["data"], [], {}
+    tokenizer, room = Tokenizer(section["tokenizer"]), section["max_tokens"] - 2
     for split in splits:
-        before, count, rows = len(faults), Counter(), []
+        rows, seen, before = [], set(), len(faults)
         for row in scan_rows(section, split):
             (faults if isinstance(row, InputError) else rows).append(row)
-        faults += _image_faults(rows, decode)
-        seen: set = set()
-        for row in rows:
-            count["rows"] += 1
-            for expression, boxes in row.choices:
-                count["expressions"] += 1
-                count[("none", "one", "many")[min(len(boxes), 2)]] += 1
-                count["repeated"] += (row.image, expression, boxes) in seen
-                count["cut"] += len(tokenizer.model.encode(clean(expression))) > section["max_tokens"] - 2
-                count["clipped"] += any(_reaches_out(box, row.size) for box in boxes)
-                seen.add((row.image, expression, boxes))
-        count |= {"images": len({row.image for row in rows}), "faults": len(faults) - before}
-        print(f"{split:8}" + "".join(f"{count[name]:>12,}" for name in columns))
-    print(
-        f"repeated: the same image, text and boxes once more; cut: longer than {section['max_tokens']} tokens with "
-        "<s> and </s>;\nclipped: a box reaches more than 2 pixels out of its image"
-    )
+        faults += image_faults(rows, read_image if decode else None)
+        count = table[split] = dict.fromkeys(CHECKED, 0)
+        count |= {"rows": len(rows), "images": len({row.image for row in rows}), "faults": len(faults) - before}
+        for row in expand(rows):
+            expression, boxes = choice = row.choices[0]
+            count["expressions"] += 1
+            count[("- without a target", "- with one", "- with several")[min(len(boxes), 2)]] += 1
+            count["- said before of the same boxes"] += (row.image, choice) in seen
+            count["- too long, so cut"] += len(tokenizer.model.encode(clean(expression))) > room
+            count["- with a box over the image's edge"] += any(_over_the_edge(box, row.size) for box in boxes)
+            seen.add((row.image, choice))
+    print(f"{'':36}" + "".join(f"{split:>12}" for split in splits))
+    for name in CHECKED:
+        print(f"{name:36}" + "".join(f"{table[split][name]:>12,}" for split in splits))
     for fault in faults[:20]:
         print(fault)
     if faults:
         raise InputError(f"{len(faults):,} faults" + (", the first 20 are above" if len(faults) > 20 else ""))
 
 
-def _reaches_out(box: Box, size: tuple[int, int] | None) -> bool:
+def _over_the_edge(box: Box, size: tuple[int, int] | None) -> bool:
+    """By more than 2 pixels? Such boxes are clipped."""
     x, y, w, h = box
     return size is not None and (min(x, y) < -2 or x + w > size[0] + 2 or y + h > size[1] + 2)
-
-
-def _image_faults(rows: Sequence[Row], decode: bool) -> list[InputError]:
-    """What is wrong with the images of the rows: is each there, and, if `decode`, whole and of the stated size?"""
-
-    def fault(row: Row) -> InputError | None:
-        try:
-            if not os.path.isfile(row.image):
-                raise InputError(f"{row.where}: there is no image {row.image}")
-            if decode:
-                read_image(row.image, row.size, row.where)
-                check_files([row])
-        except InputError as error:
-            return error
-        return None
-
-    once = list({(row.image, row.size): row for row in rows}.values())
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside of Python's lock
-        found = list(tqdm(pool.map(fault, once), total=len(once), desc="images", disable=None, leave=False))
-    return [error for error in found if error]
 
 
 # ------------------------------------------------------------------------------------- other annotation layouts
@@ -715,55 +718,45 @@ PUBLISHED = {
 def convert(sources: Sequence[str], to: str, published: str | None) -> None:
     """Write foreign annotation files as JSON Lines, a file a split, all of them or none; print what came out.
 
-    In the training split the expressions of one object (in gRefCOCO and SeqTR's file: of one row) share a row, since a
-    training epoch draws one of them; in the others every expression has its own. Nothing is dropped or merged.
+    In the training split the expressions of one object (in gRefCOCO: of one image) share a row, since a training
+    epoch draws one of them; in the others every expression has its own row. None is dropped, also no repeated one.
     """
-    if "{split}" not in to:
+    folder = Path(to).parent
+    if "{split}" not in Path(to).name:
         raise InputError(f"--to {to}: expected {{split}} in the name, such as data/annotations/refcoco/{{split}}.jsonl")
     counts: dict[str, Counter] = {}
     images: dict[str, set] = {}
-    with ExitStack() as stack:
-        files: dict[str, TextIO] = {}
-        shared: dict[Hashable, list[Named]] = {}
-        for source in sources:
-            for each in read_foreign(Path(source)):
+    together: dict[Hashable, list[Named]] = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch, ExitStack() as stack:
+            files: dict[str, TextIO] = {}
+            for each in chain.from_iterable(map(read_foreign, map(Path, sources))):
                 if each.split not in files:
-                    files[each.split] = stack.enter_context(_new_file(to.replace("{split}", each.split)))
+                    target = Path(to.replace("{split}", each.split))
+                    if target.exists():
+                        raise InputError(f"{target}: is there already, nothing was written")
+                    files[each.split] = stack.enter_context(open(Path(scratch) / target.name, "w", encoding="utf-8"))
                     counts[each.split], images[each.split] = Counter(), set()
-                count = counts[each.split]
-                count["expressions"] += 1
-                count[("none", "one", "many")[min(len(each.boxes), 2)]] += 1
+                counts[each.split]["expressions"] += 1
+                counts[each.split][("none", "one", "many")[min(len(each.boxes), 2)]] += 1
                 images[each.split].add(each.image)
                 if each.split == "train":
-                    shared.setdefault((source, each.key), []).append(each)
+                    together.setdefault(each.key, []).append(each)
                 else:
-                    count["rows"] += 1
                     files[each.split].write(_json_line([each]))
-        for together in shared.values():
-            counts["train"]["rows"] += 1
-            files["train"].write(_json_line(together))
-        if not files:
-            raise InputError(f"{', '.join(sources)}: holds no expression")
-    for split, count in counts.items():
-        count["images"] = len(images[split])
-    _print_counts(counts, PUBLISHED.get(published or "", {}), to)
-
-
-@contextmanager
-def _new_file(path: str) -> Iterator[TextIO]:
-    """A text file that appears under its name when the block ends well, and not at all otherwise."""
-    if os.path.exists(path):
-        raise InputError(f"{path}: is there already, nothing was written")
-    part = Path(path + ".part")
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8") as file:
-            yield file
-        part.replace(path)
+            if not files:
+                raise InputError(f"{', '.join(sources)}: no expression in there")
+            for expressions in together.values():
+                files["train"].write(_json_line(expressions))
+            stack.close()
+            for written in Path(scratch).iterdir():
+                written.replace(folder / written.name)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
+        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+    for split, count in counts.items():
+        count |= {"images": len(images[split]), "rows": len(together) if split == "train" else count["expressions"]}
+    _print_counts(counts, PUBLISHED.get(published or "", {}), to)
 
 
 def _json_line(together: Sequence[Named]) -> str:
@@ -810,11 +803,13 @@ def read_foreign(path: Path) -> Iterator[Named]:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{where}: is not as a row of this layout should be: {error!r:.150}") from None
         for each in found:
+            if not isinstance(each.image, str | int) or not re.fullmatch(r"\w+", str(each.split)):
+                raise InputError(f"{where}: {each.image!r:.60} of {each.split!r:.60} is no image of a split")
             check_size(each.size, where)
             check_expression(each.expression, where)
             for box in each.boxes:
                 check_box(box, each.size, where)
-            yield each
+            yield each._replace(key=(path, str(each.key)))
 
 
 def _layout(path: Path) -> tuple[Sequence | Iterator, Callable[[str, Any], list[Named]]]:
@@ -866,7 +861,7 @@ def _load_pickle(path: Path) -> object:
             for _ in range(4 if path.suffix == ".pth" else 1):
                 content = _PlainUnpickler(file, encoding="latin1").load()
     except Exception as error:  # a damaged pickle can raise anything
-        fault = getattr(error, "strerror", None) or f"not a pickle of plain data: {error!s:.100}"
+        fault = getattr(error, "strerror", None) or f"not a pickle of plain data: {error!r:.150}"
         raise InputError(f"{path}: cannot be read: {fault}") from None
     return content
 

@@ -119,7 +119,7 @@ def build(config: dict, out: Path, rank: int, world: int, device: torch.device) 
     wrapped = model
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     return Run(config, out, rank, world, model, wrapped, make_optimizer(model, settings), scaler, {}, branch, amp)
 

@@ -84,7 +84,9 @@ def loader(size: int = 640, batch: int = 16, steps: int = 24) -> None:
         rounds = [(plain(), ours(None), ours((0.3, 1.4))) for _ in range(3)]
     base, whole, jittered = np.median(rounds, axis=0)
     for name, value in (("plain, float32", base), ("here", whole), ("here, with jitter", jittered)):
-        print(f"{name:20} {value:8.0f} images/s {value / base:8.2f} x    1,000 images/s need {1000 / value:.1f} workers")
+        print(
+            f"{name:20} {value:8.0f} images/s {value / base:8.2f} x    1,000 images/s need {1000 / value:.1f} workers"
+        )
 
 
 if __name__ == "__main__":

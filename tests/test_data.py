@@ -3,6 +3,8 @@
 import io
 import json
 import random
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -163,7 +165,7 @@ def test_in_the_official_grefcoco_file_each_expression_has_its_own_boxes_or_none
 @pytest.mark.parametrize(
     "bad",
     [
-        *("{", "[]", "{}", '"a"', "null"),
+        *("{", "[]", "{}", '"a"', "null", "[" * 100_000, b'{"image": "\xff"}'),
         {**GOOD, "image": 3},
         {**GOOD, "expressions": []},
         {**GOOD, "expressions": "the dog"},
@@ -177,15 +179,22 @@ def test_in_the_official_grefcoco_file_each_expression_has_its_own_boxes_or_none
         {**GOOD, "boxes": [[1, 2, 0, 4]]},
         {**GOOD, "boxes": [[10, 10, -5, 4]]},
         {**GOOD, "boxes": [[60, 10, 30, 4]]},
-        {**GOOD, "boxes": [[-9, 10, 30, 4]]},
+        {**GOOD, "boxes": [[-20, 10, 30, 4]]},
+        {**GOOD, "boxes": [[1, 2, 10**400, 4]]},
+        {**GOOD, "boxes": [[[1, 2, 3, 4]]]},
+        {**GOOD, "boxes": [[[1, 2, 3, 4]], [1, 2, 3, 4]]},
+        {**GOOD, "image": ""},
+        {**GOOD, "image": "a\n.jpg"},
+        {**GOOD, "expressions": ["half \ud800"]},
+        {**GOOD, "source": ["vg"]},
         {**GOOD, "width": 0},
         {**GOOD, "width": "64"},
         {**GOOD, "source": "nowhere"},
     ],
 )
 def test_a_malformed_row_is_refused_with_file_and_line(bad, tmp_path):
-    text = bad if isinstance(bad, str) else json.dumps(bad)
-    (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD) + "\n" + text + "\n")
+    text = bad if isinstance(bad, bytes) else (bad if isinstance(bad, str) else json.dumps(bad)).encode()
+    (tmp_path / "rows.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + text + b"\n")
     with pytest.raises(data.InputError) as error:
         data.read_rows(section(tmp_path), "train")
     assert f"{tmp_path}/rows.jsonl:2" in str(error.value) and "\n" not in str(error.value)
@@ -212,6 +221,34 @@ def test_an_image_is_turned_upright_as_its_exif_says(tmp_path):
     assert data.read_image(path, (48, 64)).shape == (3, 64, 48)
 
 
+def test_where_the_row_states_the_size_on_disk_its_boxes_were_drawn_there_and_exif_is_ignored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save_image(tmp_path / "a.jpg", exif=exif)
+    assert data.read_image(path, (64, 48)).shape == (3, 48, 64)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "I;16", "RGBA", "P", "LA", "1"])
+def test_images_of_every_mode_become_rgb(mode, tmp_path):
+    grey = np.full((6, 8), 100 * 256 if mode == "I;16" else 100, dtype=np.uint16 if mode == "I;16" else np.uint8)
+    image = Image.fromarray(grey) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    image.save(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
+    seen = data.read_image(str(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")))
+    assert seen.shape == (3, 6, 8) and seen.dtype == torch.uint8
+    assert mode == "1" or (seen.int() - 100).abs().max() <= 2
+
+
+def test_a_png_named_jpg_is_read_and_a_huge_picture_is_refused_before_it_is_decoded(tmp_path):
+    save_image(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / "a.jpg")
+    assert data.read_image(str(tmp_path / "a.jpg")).shape == (3, 48, 64)
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + b"\0" * 4)
+    with pytest.raises(data.InputError, match="60000 x 60000 pixels, more than 50,000,000"):
+        data.read_image(str(tmp_path / "bomb.png"))
+
+
 def test_an_image_of_another_size_than_its_row_states_is_refused(tmp_path):
     with pytest.raises(data.InputError, match="64 x 48, the row says 48 x 64"):
         data.read_image(save_image(tmp_path / "a.jpg"), (48, 64), "rows:3")
@@ -235,21 +272,32 @@ def test_an_image_that_cannot_be_read_is_one_line_that_names_row_and_file(kind, 
     assert "rows.jsonl:7" in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_drawn_square_lies_under_its_box_after_jitter_and_no_box_loses_more_than_half():
+def test_over_20000_draws_a_drawn_square_lies_under_its_box_and_no_box_loses_more_than_half():
     rng = random.Random(0)
-    for _ in range(400):
-        width, height = rng.randint(60, 200), rng.randint(60, 200)
-        w, h = rng.randint(6, int(0.9 * width)), rng.randint(6, int(0.9 * height))
+    crops = 0
+    for _ in range(20_000):
+        width, height = rng.randint(60, 160), rng.randint(60, 160)
+        w, h = (max(1, round(rng.uniform(0.01, 0.9) * side)) for side in (width, height))
         x, y = rng.randint(0, width - w), rng.randint(0, height - h)
         image = torch.zeros(3, height, width, dtype=torch.uint8)
         image[:, y : y + h, x : x + w] = 255
         box = torch.tensor([[x, y, x + w, y + h]], dtype=torch.float64)
         seen, moved = data.jitter(image, box, (0.3, 1.4), 160, rng)
         x1, y1, x2, y2 = moved[0].tolist()
-        assert 0 <= x1 < x2 < seen.shape[2] + 1e-6 and 0 <= y1 < y2 < seen.shape[1] + 1e-6
+        assert 0 <= x1 < x2 <= seen.shape[2] + 1e-9 and 0 <= y1 < y2 <= seen.shape[1] + 1e-9
+        whole = box / torch.tensor([width, height] * 2) * torch.tensor([seen.shape[2], seen.shape[1]] * 2)
+        if not torch.allclose(whole, moved):  # cut out, at the scale it had
+            crops += 1
+            assert (x2 - x1) * (y2 - y1) >= 0.5 * w * h
         rows, columns = np.nonzero(seen[0].numpy() > 127)
-        assert abs(columns.min() - x1) <= 1 and abs(columns.max() + 1 - x2) <= 1
-        assert abs(rows.min() - y1) <= 1 and abs(rows.max() + 1 - y2) <= 1
+        assert len(rows) or min(x2 - x1, y2 - y1) < 2  # a thinner one can fall between the samples
+        if len(rows):
+            assert x1 - 1 <= columns.min() and columns.max() + 1 <= x2 + 1
+            assert y1 - 1 <= rows.min() and rows.max() + 1 <= y2 + 1
+            if min(x2 - x1, y2 - y1) >= 4:
+                assert columns.min() <= x1 + 1.5 and columns.max() + 1 >= x2 - 1.5
+                assert rows.min() <= y1 + 1.5 and rows.max() + 1 >= y2 - 1.5
+    assert crops > 5000
 
 
 def test_jitter_keeps_half_of_every_one_of_many_boxes():
@@ -265,7 +313,7 @@ def test_jitter_keeps_half_of_every_one_of_many_boxes():
 def test_missing_images_are_found_before_anything_starts(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**GOOD, "image": f"{i}.jpg"}) + "\n" for i in range(3)))
     save_image(tmp_path / "0.jpg")
-    with pytest.raises(data.InputError, match=r"rows.jsonl:2: there is no image .*1.jpg \(2 of 3"):
+    with pytest.raises(data.InputError, match=r"rows.jsonl:2: there is no image .*1.jpg \(and 1 more"):
         data.check_files(data.read_rows(section(tmp_path), "train"))
     for name in ("1.jpg", "2.jpg"):
         save_image(tmp_path / name, size=(64, 48) if name == "1.jpg" else (20, 20))

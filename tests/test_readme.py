@@ -53,14 +53,17 @@ def test_every_named_recipe_and_key_exists():
     for name in re.findall(r"configs\.json:([\w+-]+)", TEXT):
         data.load_config(f"{ROOT}/configs.json:{name}")
     config = data.load_config(f"{ROOT}/configs.json:default")
-    for section, key in re.findall(r"`?\b(model|data|train)\.(\w+)=?", re.sub(r"(model|data|train)\.py", "", TEXT)):
+    for section, key in re.findall(
+        r"`?\b(model|data|train)\.(?!jsonl)(\w+)=?", re.sub(r"(model|data|train)\.py", "", TEXT)
+    ):
         known = config[section].keys() | names(ROOT / f"{section}.py")
         assert key in known, f"{section}.{key}"
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "data.py"])
 def test_every_flag_in_a_command_is_one_the_program_knows(script):
-    help_text = program(script, "--help", cwd=ROOT).stdout
+    jobs = [["convert"], ["check"], ["show"]] if script == "data.py" else [[]]
+    help_text = "".join(program(script, *job, "--help", cwd=ROOT).stdout for job in jobs)
     for command in re.findall(rf"python {script}((?:[^\n`]|\\\n)*)", TEXT):
         for flag in re.findall(r"(?<!\S)--[\w-]+", command):
             assert flag in help_text

@@ -216,3 +216,26 @@ def test_every_epoch_walks_through_all_rows_whatever_the_ranks_and_micro_batches
     assert sorted(sum(sum(per_rank, []), [])) == whole[1]
     resumed = list(data.StepKeys(20, settings, 8, (0, 2), 0, 1))
     assert resumed == list(data.StepKeys(20, settings, 8, (0, 0), 0, 1))[2:]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_image_that_is_damaged_behind_its_header_stops_all_ranks_with_the_state_saved(ranks, shapes, tmp_path):
+    images = shapes / "data" / "shapes" / "images"
+    row = json.loads((shapes / "data" / "shapes" / "train.jsonl").read_text().splitlines()[40])
+    whole = (images / row["image"]).read_bytes()
+    (images / row["image"]).write_bytes(whole[:-200])
+    try:
+        done = start(shapes, f"damaged{ranks}", "train.epochs=1", "train.batch_size=4", ranks=ranks, status=3 - ranks)
+    finally:
+        (images / row["image"]).write_bytes(whole)
+    assert (
+        "cannot read the image" in done.stderr
+        and row["image"] in done.stderr
+        and (ranks > 1 or "Traceback" not in done.stderr)
+    )
+    assert 0 < last(shapes, f"damaged{ranks}")["step"] == int(done.stderr.split("stopped after step ")[1].split(";")[0])
+    again = ["train.epochs=1", "train.batch_size=4", "--resume"]
+    start(shapes, f"damaged{ranks}", *again, ranks=ranks)
+    start(shapes, f"undamaged{ranks}", *again, ranks=ranks)
+    for name, value in last(shapes, f"undamaged{ranks}")["model"].items():
+        assert torch.equal(last(shapes, f"damaged{ranks}")["model"][name], value), name
