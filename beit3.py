@@ -17,6 +17,7 @@ import re
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 TEXT_POSITIONS = 1022  # rows of the text position table in every released BEiT-3
 
@@ -100,6 +101,9 @@ class BEiT3(nn.Module):
         rates = [drop_path * i / max(layers - 1, 1) for i in range(layers)]
         self.layers = nn.ModuleList(MultiwayLayer(width, heads, ffn, rate) for rate in rates)
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.checkpointing = (
+            False  # in training, keep only each layer's input and compute the rest again (a third more)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -125,9 +129,12 @@ class BEiT3(nn.Module):
         text = self.text_embed(tokens) + self.text_positions[: tokens.shape[1]]  # (B, L, D)
         text = text.masked_fill(text_pad[..., None], 0)
         readable = F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, 1+N+L)
-        for layer in self.layers[:-1]:
-            image, text = layer(image, text, readable)
-        image, text = self.layers[-1](image, text, readable, object_only)
+        for i, layer in enumerate(self.layers):
+            inputs = image, text, readable, object_only and i == len(self.layers) - 1
+            if self.checkpointing and torch.is_grad_enabled():
+                image, text = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                image, text = layer(*inputs)
         image, text = self.image_norm(image), self.text_norm(text)
         return image[:, 0], image[:, 1:], text
 

@@ -52,7 +52,7 @@ class InputError(ValueError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program's main: one line and exit status 2 for bad input, no traceback on Ctrl-C."""
+    """Run a program's main: one line and exit status 2 for bad input, no traceback on Ctrl-C or for a lost rank."""
     try:
         main()
     except InputError as error:
@@ -62,6 +62,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        if "closed by peer" not in str(error) and "reset by peer" not in str(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: rank {os.environ.get('RANK')}: another rank is gone", file=sys.stderr)
+        sys.exit(1)
 
 
 def nearest(word: str, words: Sequence[str]) -> str:

@@ -15,6 +15,8 @@ This file also builds, saves and loads models.
 import os
 import pickle
 import re
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -224,6 +226,8 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         # the only foreign objects met in official files: numpy's numbers, such as the best accuracy
         scalar = [np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch.load does not look at it
+            raise InputError(f"{path}: is damaged, the checksum of {damaged} is wrong")
         with torch.serialization.safe_globals(scalar):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -232,7 +236,9 @@ def read_checkpoint(path: str | Path) -> dict:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it wants to run code ({code[1]})" if code else "it is another kind of file"
         raise InputError(f"{path}: is not a checkpoint of tensors: {reason}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError):
+    except InputError:
+        raise
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
         size = os.path.getsize(path)
         raise InputError(f"{path}: is not a whole checkpoint ({size:,} bytes; an unfinished download?)") from None
     if not isinstance(state, dict):

@@ -10,6 +10,8 @@ of (seed, epoch, step), nothing random is stored.
 
 import argparse
 import json
+import os
+import resource
 import signal
 import sys
 import time
@@ -31,6 +33,7 @@ import model as models
 from data import InputError
 
 LOG_EVERY = 20  # steps between two training rows of metrics.jsonl
+PATIENCE = 20  # steps in a row that may be not finite; in fp16 the first ones can be, until the scale fits
 AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,7 +53,10 @@ class Run:
     branch: str
     amp: torch.dtype | None
     stopped: list[int] = field(default_factory=list)  # signals received
-    progress: dict = field(default_factory=lambda: {"epoch": 0, "step_in_epoch": 0, "step": 0, "best": -1.0})
+    skipped_in_a_row: int = 0  # steps that were not finite
+    progress: dict = field(
+        default_factory=lambda: {"epoch": 0, "step_in_epoch": 0, "step": 0, "skipped": 0, "best": -1.0}
+    )
 
 
 def main() -> None:
@@ -61,7 +67,8 @@ def main() -> None:
     out = Path(args.out or f"runs/{args.config.rpartition(':')[2]}")
     rank, world, device = evaluate.join_ranks()
     micro = micro_batch(settings["batch_size"], settings["micro_batch"], world)
-    state = found_run(out, config, args.resume)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
+    state = found_run(out, config, args.resume or restarted)
     if rank == 0:
         make_embedded_set(section)
     wait_for_all()
@@ -88,15 +95,18 @@ def main() -> None:
     keys = data.StepKeys(len(rows), settings, micro, start, rank, world)
     stream = data.batches(train_set, collate, keys, section["workers"], pin=device.type == "cuda")
     per_step = settings["batch_size"] // world // micro  # micro-batches of one rank
+    if rank == 0:
+        announce(run, keys.steps, micro)
     log = Log(run, keys.steps)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: run.stopped.append(received))
     while run.progress["epoch"] < settings["epochs"]:
         train_epoch(run, stream, per_step, keys.steps, log, rows)
+        save_last(run)  # before the evaluation, so that this cannot cost an epoch; a resumed run evaluates again
+        run.progress |= {"epoch": run.progress["epoch"] + 1, "step_in_epoch": 0}
         if is_due(run.progress["epoch"], settings):
             first = section["eval_splits"][0]
             validate(run, first, splits[first], collate, log)
-        save_last(run)
 
     # 4. what came out
     log.bar.close()
@@ -113,6 +123,7 @@ def build(config: dict, out: Path, rank: int, world: int, device: torch.device) 
     amp, branch = AMP[settings["amp"]], evaluate.trained_branch(settings)
     torch.manual_seed(settings["seed"])
     model = models.SimVG(**config["model"]).to(device)
+    model.encoder.checkpointing = settings["checkpointing"]
     # DDP waits for every gradient it was promised, so an idle branch must not promise any
     model.token_branch.requires_grad_(branch != "decoder")
     model.decoder_branch.requires_grad_(branch != "token")
@@ -122,6 +133,36 @@ def build(config: dict, out: Path, rank: int, world: int, device: torch.device) 
         wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     return Run(config, out, rank, world, model, wrapped, make_optimizer(model, settings), scaler, {}, branch, amp)
+
+
+def announce(run: Run, steps: int, micro: int) -> None:
+    """One line that says what will happen."""
+    settings, model = run.config["train"], run.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(
+        f"{run.out}: steps {run.progress['step']} to {settings['epochs'] * steps} of {settings['batch_size']} examples "
+        f"({micro} at a time), {run.world} rank(s) on {model.mean.device.type}, {settings['amp'] or 'fp32'}, "
+        f"{trained:,} parameters, branch {run.branch}, about {expected_memory(run, micro) / 1e9:.1f} GB a rank",
+        file=sys.stderr,
+    )
+
+
+def expected_memory(run: Run, micro: int) -> float:
+    """Bytes at the peak of a step: weights, what the optimiser keeps, and what the encoder keeps for its gradients."""
+    settings, encoder = run.config["train"], run.model.encoder
+    layers, width, ffn = len(encoder.layers), encoder.text_embed.embedding_dim, encoder.layers[0].image.fc1.out_features
+    tokens = micro * (1 + encoder.grid**2 + run.config["data"]["max_tokens"])
+    kept = 4 * layers * tokens * (10 * width + 3 * ffn)  # a layer's inputs of products, norms and GELU
+    if settings["checkpointing"]:
+        kept = kept / layers + 4 * layers * tokens * width
+    trained = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
+    states = sum(p.nbytes for p in run.model.parameters()) * (1 + settings["ema"])
+    states += trained * (3 if settings["amsgrad"] else 2)
+    if run.amp:  # 16 bits where products are concerned, and a copy of the weights for them
+        kept, states = 0.7 * kept, states + sum(p.nbytes for p in encoder.layers.parameters()) / 2
+    if run.world > 1 or micro * run.world < settings["batch_size"]:  # the gradients are there from the start
+        return states + trained + kept
+    return states + max(trained, kept)  # they take the place of what is set free
 
 
 def train_epoch(run: Run, stream: Iterator, per_step: int, steps: int, log: "Log", rows: Sequence[data.Row]) -> None:
@@ -138,18 +179,21 @@ def train_epoch(run: Run, stream: Iterator, per_step: int, steps: int, log: "Log
         waited = time.monotonic() - began
         set_learning_rate(run.optimizer, settings, progress, steps)
         torch.manual_seed(hash((settings["seed"], progress["step"], run.rank)))  # dropout and drop path
-        terms = train_step(run, batch)
-        if not (run.scaler.is_enabled() or terms["grad_norm"].isfinite()):
-            examples = ", ".join(rows[i].where for b in batch for i in b.index[:3])
-            raise InputError(f"step {progress['step']}: the loss or a gradient is not finite; rows {examples}, ...")
+        try:
+            terms = train_step(run, batch)
+        except RuntimeError as error:
+            raise out_of_memory(error, len(batch[0].index)) from None
         progress["step"] += 1
         progress["step_in_epoch"] += 1
-        update_ema(run.ema, run.model, settings["ema_decay"], progress["step"])
-        log.step(terms, waited, time.monotonic() - began)
+        if terms["grad_norm"].isfinite():
+            run.skipped_in_a_row = 0
+            update_ema(run.ema, run.model, settings["ema_decay"], progress["step"])
+            log.step(terms, waited, time.monotonic() - began)
+        else:
+            skipped(run, batch, terms, rows)
         if time.monotonic() - saved > 60 * settings["save_minutes"]:
             save_last(run)
             saved = time.monotonic()
-    progress |= {"epoch": progress["epoch"] + 1, "step_in_epoch": 0}
 
 
 def fetch(stream: Iterator, count: int) -> tuple[list[data.Batch], InputError | None]:
@@ -170,13 +214,51 @@ def on_any_rank(flag: bool) -> bool:
 
 def stop(run: Run, log: "Log", fault: InputError | None) -> None:
     """Save and leave: after a signal, or because some rank cannot go on."""
-    save_last(run)
+    saved = save_last(run)
     log.bar.close()
     if fault:
         print(f"train.py: {fault}", file=sys.stderr)
-    if run.rank == 0:
+    if run.rank == 0 and saved:
         print(f"stopped after step {run.progress['step']}; --resume goes on", file=sys.stderr)
-    leave(128 + run.stopped[0] if run.stopped else 2)
+    leave(128 + run.stopped[0] if run.stopped and saved else 2)
+
+
+def skipped(run: Run, batch: list[data.Batch], terms: dict[str, Tensor], rows: Sequence[data.Row]) -> None:
+    """Say what was not finite in a step that changed neither weights nor averages. InputError after PATIENCE of them.
+
+    The gradient norm is that of all ranks, so all come here together; the rows are each rank's own.
+    """
+    run.progress["skipped"] += 1
+    run.skipped_in_a_row += 1
+    if run.scaler.is_enabled() and terms["total"].isfinite() and run.skipped_in_a_row < PATIENCE:
+        return  # the loss scale of fp16 was too high and is being halved
+    faulty = [rows[i].where for b in batch for i in not_finite(run, b)]
+    largest = sorted(terms.items(), key=lambda item: item[1].abs().nan_to_num(torch.inf, torch.inf), reverse=True)
+    said = f"step {run.progress['step']} skipped, rank {run.rank}: " + ", ".join(f"{n} {v:.3g}" for n, v in largest[:3])
+    said += f"; rows {', '.join(faulty[:3])}" + f" and {len(faulty) - 3} more" * (len(faulty) > 3) if faulty else ""
+    if run.rank == 0 or faulty:
+        tqdm.write(said, file=sys.stderr)
+    if run.skipped_in_a_row >= PATIENCE:
+        raise InputError(f"{PATIENCE} steps in a row were not finite; {run.out}/last.pt is from before them")
+
+
+def out_of_memory(error: RuntimeError, micro: int) -> Exception:
+    """The same error, or, where memory ran out, which settings would help."""
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return error
+    return InputError(
+        f"out of memory with {micro} examples at a time: lower train.micro_batch (the result stays the same), "
+        "or set train.checkpointing=true or train.amp=bf16"
+    )
+
+
+@torch.no_grad()
+def not_finite(run: Run, batch: data.Batch) -> list[int]:
+    """The examples of a batch whose own boxes or answers are not finite."""
+    output = run.model(batch.images, batch.tokens, batch.text_pad, run.branch, run.amp)
+    answers = [output.decoder_boxes[-1] if run.branch != "token" else output.token_boxes, batch.boxes]
+    fine = torch.stack([x.flatten(1).isfinite().all(1) for x in answers]).all(0)  # (B,)
+    return [index for index, ok in zip(batch.index, fine.tolist(), strict=True) if not ok]
 
 
 def validate(run: Run, split: str, dataset: data.Dataset, collate: data.Collate, log: "Log") -> None:
@@ -233,7 +315,7 @@ def train_step(run: Run, batch: list[data.Batch]) -> dict[str, Tensor]:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     sums["grad_norm"] = nn.utils.clip_grad_norm_(trained, settings["clip_norm"])
     if scaler.is_enabled() or sums["grad_norm"].isfinite():  # else the weights stay as they are
-        scaler.step(optimizer)
+        scaler.step(optimizer)  # looks for itself
         scaler.update()
     return sums
 
@@ -320,6 +402,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def peak_memory() -> int:
+    """Bytes: the most tensors of the GPU at once, or without one the most of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def wait_for_all() -> None:
     if dist.is_initialized():
         dist.barrier()
@@ -367,12 +456,17 @@ def restore(run: Run, state: dict) -> None:
     run.progress |= {name: state[name] for name in run.progress}
 
 
-def save_last(run: Run) -> None:
+def save_last(run: Run) -> bool:
+    """Write last.pt. Where that fails (a full disk) the older one stays, and training goes on to the next time."""
     if run.rank == 0:
         parts = {"model": run.model.state_dict(), "ema": run.ema, "optimizer": run.optimizer.state_dict()}
-        models.save(
-            run.out / "last.pt", {**parts, "scaler": run.scaler.state_dict(), "config": run.config, **run.progress}
-        )
+        parts |= {"scaler": run.scaler.state_dict(), "config": run.config}
+        try:
+            models.save(run.out / "last.pt", {**parts, **run.progress})
+        except InputError as error:
+            tqdm.write(f"train.py: {error}", file=sys.stderr)
+            return False
+    return True
 
 
 def make_embedded_set(section: dict) -> None:
@@ -402,15 +496,9 @@ class Log:
         (run.out / "config.json").write_text(json.dumps(run.config, indent=1))
         if self.path.exists():  # a killed run may have written rows that its checkpoint knows nothing of
             rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-            self.records = [row for row in rows if row["step"] <= done]
+            again = run.progress["step_in_epoch"] == steps  # the evaluation of the epoch that just ended comes again
+            self.records = [r for r in rows if r["step"] < done + (r["split"] == "train" or not again)]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.records))
-        size, device = run.config["train"]["batch_size"], run.model.mean.device.type
-        count = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-        print(
-            f"{run.out}: steps {done} to {total} of {size} examples, {run.world} rank(s) on {device}, "
-            f"{count:,} parameters, branch {run.branch}",
-            file=sys.stderr,
-        )
 
     def step(self, terms: dict[str, Tensor], waited: float, seconds: float) -> None:
         run, progress = self.run, self.run.progress
@@ -425,7 +513,8 @@ class Log:
         row |= {name: round(value, 6) for name, value in zip(self.sums, means.tolist(), strict=True)}
         row |= {"lr_encoder": run.optimizer.param_groups[0]["lr"], "lr": run.optimizer.param_groups[1]["lr"]}
         row |= {"samples_per_s": round(self.steps * run.config["train"]["batch_size"] / self.seconds, 1)}
-        row |= {"data_wait": round(self.waited / self.seconds, 4)}
+        row |= {"data_wait": round(self.waited / self.seconds, 4), "peak_memory_gb": round(peak_memory() / 1e9, 2)}
+        row |= {"skipped": progress["skipped"]}
         self.write(row)
         self.bar.set_postfix(loss=f"{row['total']:.3f}")
         if run.rank == 0 and self.bar.disable and progress["step"] % (25 * LOG_EVERY) == 0:  # no terminal: plain lines

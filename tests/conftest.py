@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 import data
 import model as models
+import train
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -57,6 +59,21 @@ def program(*arguments: str, cwd: Path, ranks: int = 1, status: int | None = 0) 
     done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
     assert status is None or done.returncode == status, done.stdout + done.stderr
     return done
+
+
+def run_here(shapes: Path, monkeypatch, out: str, *settings: str, config: str = "shapes", flags: tuple = ()) -> None:
+    """train.main() in this process, which saves the seconds of importing torch."""
+    line = ["train.py", "--config", f"{ROOT}/configs.json:{config}", "--out", out, *flags]
+    monkeypatch.chdir(shapes)
+    monkeypatch.setattr("sys.argv", [*line, "--set", *SMALL_RUN, *settings])
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        train.main()
+    except SystemExit as ended:
+        assert ended.code == 0
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def command_line(*arguments: str, ranks: int = 1) -> list[str]:

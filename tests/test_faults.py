@@ -1,0 +1,226 @@
+"""What must not cost any work: stops, kills, restarts, full disks, damaged files, numbers that are not finite."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import EXACT, last, rows, start
+
+import data
+import model as models
+import train
+from conftest import SMALL_RUN, command_line, environment, run_here, tiny_model
+
+LONG = ["train.epochs=12", "train.batch_size=4", "train.save_minutes=0.005"]
+
+
+def same_weights(shapes: Path, a: str, b: str) -> bool:
+    a, b = last(shapes, a)["model"], last(shapes, b)["model"]
+    return all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+# ---- ranks
+
+
+def launch(shapes: Path, out: str, *options: str) -> subprocess.Popen:
+    command = command_line("train.py", "--config", "configs.json:shapes", "--out", f"runs/{out}", ranks=2)
+    command[3:3] = options
+    command += ["--set", *SMALL_RUN, *LONG]
+    env = {**environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # else restarted ranks look for the dead ones
+    return subprocess.Popen(command, cwd=shapes, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def workers(agent: subprocess.Popen, shapes: Path, out: str) -> list[int]:
+    """The ranks' process numbers, once training is under way."""
+    deadline = time.monotonic() + 60
+    while not (shapes / "runs" / out / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    return [int(n) for n in found if b"train.py" in Path(f"/proc/{n}/cmdline").read_bytes()]
+
+
+@pytest.fixture(scope="module")
+def straight(shapes) -> str:
+    """A run on two ranks that nothing happened to."""
+    start(shapes, "straight2", *LONG, ranks=2)
+    return "straight2"
+
+
+def test_when_one_rank_is_killed_all_end_within_seconds_with_the_state_intact(shapes, straight):
+    agent = launch(shapes, "onekilled")
+    os.kill(workers(agent, shapes, "onekilled")[1], signal.SIGKILL)
+    began = time.monotonic()
+    errors = agent.communicate(timeout=60)[1]
+    assert agent.returncode == 1 and time.monotonic() - began < 20
+    assert "train.py: rank 0: another rank is gone" in errors and "[rank0]: Traceback" not in errors
+    start(shapes, "onekilled", *LONG, "--resume", ranks=2)
+    assert same_weights(shapes, "onekilled", straight)
+
+
+def test_after_a_restart_by_torchrun_the_run_goes_on_by_itself(shapes, straight):
+    agent = launch(shapes, "restarted", "--max-restarts", "1")
+    os.kill(workers(agent, shapes, "restarted")[0], signal.SIGKILL)
+    errors = agent.communicate(timeout=120)[1]
+    assert agent.returncode == 0, errors
+    assert same_weights(shapes, "restarted", straight)
+
+
+def test_two_nodes_give_the_weights_of_two_ranks_on_one(shapes, straight):
+    port = 20000 + os.getpid() % 20000
+    agents = []
+    for node in (0, 1):
+        command = command_line("train.py", "--config", "configs.json:shapes", "--out", "runs/nodes", ranks=1)
+        where = ["--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1"]
+        where += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+        command[1:1] = ["-m", "torch.distributed.run", *where]
+        command += ["--set", *SMALL_RUN, *LONG]
+        agents.append(subprocess.Popen(command, cwd=shapes, env=environment(), stderr=subprocess.DEVNULL))
+    assert [agent.wait(120) for agent in agents] == [0, 0]
+    assert same_weights(shapes, "nodes", straight)
+
+
+def test_a_run_of_two_ranks_goes_on_with_one_and_with_the_same_data(shapes):
+    exact = ["train.batch_size=4", "train.epochs=2", "model.dropout=0.0", "train.eps=1e-6", "train.save_minutes=0"]
+    start(shapes, "exact", *exact)
+    command = command_line("train.py", "--config", "configs.json:shapes", "--out", "runs/fewer", ranks=2)
+    command += ["--set", *SMALL_RUN, *exact]
+    agent = subprocess.Popen(command, cwd=shapes, env=environment(), stderr=subprocess.DEVNULL)
+    for number in workers(agent, shapes, "fewer"):
+        os.kill(number, signal.SIGTERM)
+    agent.wait(60)
+    assert 0 < last(shapes, "fewer")["step"] < last(shapes, "exact")["step"]
+    start(shapes, "fewer", *exact, "--resume")
+    other = last(shapes, "fewer")["model"]
+    for name, value in last(shapes, "exact")["model"].items():
+        torch.testing.assert_close(other[name], value, atol=1e-5, rtol=0, msg=name)
+
+
+# ---- files
+
+
+def test_a_checkpoint_cut_at_100_lengths_or_with_a_flipped_byte_is_refused_in_one_line(trained, tmp_path):
+    whole, rng = (trained / "last.pt").read_bytes(), random.Random(0)
+    path = tmp_path / "last.pt"
+    for _ in range(100):
+        path.write_bytes(whole[: rng.randrange(len(whole))])
+        with pytest.raises(data.InputError) as error:
+            models.read_checkpoint(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    wanted, refused = models.read_checkpoint(trained / "last.pt"), 0
+    for _ in range(100):
+        place = rng.randrange(len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+        try:
+            state = models.read_checkpoint(path)
+        except data.InputError as error:
+            refused += 1
+            assert "\n" not in str(error) and "last.pt" in str(error)
+        else:  # a byte between the entries
+            assert all(torch.equal(value, state["model"][name]) for name, value in wanted["model"].items())
+    assert refused > 80
+
+
+def test_on_a_full_disk_the_older_checkpoint_stays_and_training_goes_on(shapes):
+    start(shapes, "full", *EXACT, "train.batch_size=4")
+    size = (shapes / "runs" / "full" / "last.pt").stat().st_size
+    best = (shapes / "runs" / "full" / "best.pt").stat().st_size
+    assert best < size  # so that a limit between the two refuses last.pt alone
+    before = (shapes / "runs" / "full" / "last.pt").read_bytes()
+    longer = [*EXACT, "train.batch_size=4", "train.epochs=2"]
+    command = command_line("train.py", "--config", "configs.json:shapes", "--out", "runs/fullest")
+    limit = (best + size) // 2
+    done = subprocess.run(
+        [*command, "--set", *SMALL_RUN, *longer],
+        **{"cwd": shapes, "env": environment(), "capture_output": True, "text": True, "timeout": 300},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 0 and done.stderr.count("last.pt: cannot be written, the older state is kept") == 2
+    assert not (shapes / "runs" / "fullest" / "last.pt").exists() and not list(
+        (shapes / "runs" / "fullest").glob("*.part")
+    )
+    assert (shapes / "runs" / "full" / "last.pt").read_bytes() == before
+
+
+# ---- numbers that are not finite
+
+
+class Planted:
+    """The batches of a run, one of which gets a number that is not finite."""
+
+    def __init__(self, real, where: str, step: int = 3):
+        self.real, self.where, self.step = real, where, step
+
+    def __call__(self, *arguments, **options):
+        for i, batch in enumerate(self.real(*arguments, **options)):
+            if i == self.step and self.where == "box":
+                batch.boxes[1, 0, 2] = torch.inf
+            if i == self.step and self.where == "image":
+                batch = batch._replace(images=(batch.images / 255).index_fill(0, torch.tensor([1]), torch.nan))
+            yield batch
+
+
+@pytest.mark.parametrize("where", ["image", "box"])
+def test_a_step_that_is_not_finite_is_skipped_with_its_row_named(where, shapes, monkeypatch, capfd):
+    monkeypatch.setattr(data, "batches", Planted(data.batches, where))
+    run_here(shapes, monkeypatch, f"runs/nan-{where}", "train.epochs=1", "train.batch_size=4", "train.ema=true")
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
+    numbers = list(data.StepKeys(train_rows(shapes), {"batch_size": 4, "seed": 6666, "epochs": 1}, 4, (0, 0), 0, 1))
+    assert line.startswith("step 4 skipped, rank 0: ") and "nan" in line
+    assert line.endswith(f"; rows data/shapes/train.jsonl:{numbers[3][1][1] + 1}")
+    state = last(shapes, f"nan-{where}")
+    assert all(value.isfinite().all() for part in ("model", "ema") for value in state[part].values())
+    assert state["skipped"] == 1 and all(r["total"] == r["total"] for r in rows(shapes, f"nan-{where}") if "total" in r)
+
+
+def train_rows(shapes: Path) -> int:
+    return len((shapes / "data" / "shapes" / "train.jsonl").read_text().splitlines())
+
+
+def test_a_weight_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint_alone(shapes, monkeypatch, tmp_path):
+    broken = tiny_model()
+    torch.nn.init.constant_(broken.encoder.text_embed.weight, torch.nan)
+    models.save(tmp_path / "nan.pt", {"model": broken.state_dict(), "ema": {}, "config": {"model": {}}})
+    with pytest.raises(data.InputError, match="20 steps in a row were not finite"):
+        settings = ("train.epochs=3", "train.batch_size=4", "train.save_minutes=10")
+        run_here(shapes, monkeypatch, "runs/nan-weight", *settings, flags=("--init", str(tmp_path / "nan.pt")))
+    assert not (shapes / "runs" / "nan-weight" / "last.pt").exists()
+
+
+def test_when_memory_runs_out_the_settings_that_help_are_named(shapes, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(train, "train_step", full)
+    with pytest.raises(data.InputError, match="with 16 examples at a time: lower train.micro_batch"):
+        run_here(shapes, monkeypatch, "runs/memory")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_image_that_is_damaged_behind_its_header_stops_all_ranks_with_the_state_saved(ranks, shapes, tmp_path):
+    images = shapes / "data" / "shapes" / "images"
+    row = json.loads((shapes / "data" / "shapes" / "train.jsonl").read_text().splitlines()[40])
+    whole = (images / row["image"]).read_bytes()
+    (images / row["image"]).write_bytes(whole[:-200])
+    try:
+        done = start(shapes, f"damaged{ranks}", "train.epochs=1", "train.batch_size=4", ranks=ranks, status=3 - ranks)
+    finally:
+        (images / row["image"]).write_bytes(whole)
+    assert (
+        "cannot read the image" in done.stderr
+        and row["image"] in done.stderr
+        and (ranks > 1 or "Traceback" not in done.stderr)
+    )
+    assert 0 < last(shapes, f"damaged{ranks}")["step"] == int(done.stderr.split("stopped after step ")[1].split(";")[0])
+    again = ["train.epochs=1", "train.batch_size=4", "--resume"]
+    start(shapes, f"damaged{ranks}", *again, ranks=ranks)
+    start(shapes, f"undamaged{ranks}", *again, ranks=ranks)
+    other = last(shapes, f"damaged{ranks}")["model"]
+    for name, value in last(shapes, f"undamaged{ranks}")["model"].items():
+        assert torch.equal(other[name], value), name
