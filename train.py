@@ -268,9 +268,8 @@ def validate(run: Run, split: str, dataset: data.Dataset, collate: data.Collate,
         figures = evaluate.summary(found, dataset.rows, run.config["model"]["queries"] > 1)
         if selection(figures) > run.progress["best"]:
             run.progress["best"] = selection(figures)
-            if run.rank == 0:
-                best = {"model": run.model.state_dict(), "ema": {}, "config": run.config, "figures": figures}
-                models.save(run.out / "best.pt", {**best, **run.progress})
+            best = {"model": run.model.state_dict(), "ema": {}, "config": run.config, "figures": figures}
+            save(run, "best.pt", {**best, **run.progress})
     log.figures(split, figures)
 
 
@@ -457,15 +456,18 @@ def restore(run: Run, state: dict) -> None:
 
 
 def save_last(run: Run) -> bool:
-    """Write last.pt. Where that fails (a full disk) the older one stays, and training goes on to the next time."""
-    if run.rank == 0:
-        parts = {"model": run.model.state_dict(), "ema": run.ema, "optimizer": run.optimizer.state_dict()}
-        parts |= {"scaler": run.scaler.state_dict(), "config": run.config}
-        try:
-            models.save(run.out / "last.pt", {**parts, **run.progress})
-        except InputError as error:
-            tqdm.write(f"train.py: {error}", file=sys.stderr)
-            return False
+    parts = {"model": run.model.state_dict(), "ema": run.ema, "optimizer": run.optimizer.state_dict()}
+    return save(run, "last.pt", {**parts, "scaler": run.scaler.state_dict(), "config": run.config, **run.progress})
+
+
+def save(run: Run, name: str, state: dict) -> bool:
+    """Rank 0 writes. Where that fails (a full disk) the older file stays, and training goes on to the next time."""
+    try:
+        if run.rank == 0:
+            models.save(run.out / name, state)
+    except InputError as error:
+        tqdm.write(f"train.py: {error}", file=sys.stderr)
+        return False
     return True
 
 
@@ -531,8 +533,11 @@ class Log:
     def write(self, row: dict) -> None:
         if self.run.rank == 0:
             self.records.append(row)
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                tqdm.write(f"train.py: {self.path}: {error.strerror}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import data
 import model as models
 import train
 
+torch.set_num_threads(1)  # as in the processes that the tests start: the same sums to the last bit
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 TINY = dict(
@@ -61,19 +62,25 @@ def program(*arguments: str, cwd: Path, ranks: int = 1, status: int | None = 0) 
     return done
 
 
-def run_here(shapes: Path, monkeypatch, out: str, *settings: str, config: str = "shapes", flags: tuple = ()) -> None:
-    """train.main() in this process, which saves the seconds of importing torch."""
-    line = ["train.py", "--config", f"{ROOT}/configs.json:{config}", "--out", out, *flags]
-    monkeypatch.chdir(shapes)
-    monkeypatch.setattr("sys.argv", [*line, "--set", *SMALL_RUN, *settings])
+def start(shapes: Path, out: str, *more: str, config: str = "shapes", ranks: int = 1, status: int = 0):
+    """Run train.py with small sizes, `more` being flags and settings; in this process where that says enough."""
+    settings = [*SMALL_RUN, *(m for m in more if "=" in m)]
+    flags = [m for m in more if "=" not in m]
+    out = out if out.startswith("/") else f"runs/{out}"
+    line = ["train.py", "--config", f"{ROOT}/configs.json:{config}", "--out", out, *flags, "--set", *settings]
+    if ranks > 1 or status:
+        return program(*line, cwd=shapes, ranks=ranks, status=status)
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        train.main()
-    except SystemExit as ended:
-        assert ended.code == 0
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(shapes)
+        patch.setattr("sys.argv", line)
+        try:
+            train.main()
+        except SystemExit as ended:
+            assert ended.code == 0
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
 
 
 def command_line(*arguments: str, ranks: int = 1) -> list[str]:

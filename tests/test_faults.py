@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import EXACT, last, rows, start
+from test_train import EXACT, last, rows
 
 import data
 import model as models
 import train
-from conftest import SMALL_RUN, command_line, environment, run_here, tiny_model
+from conftest import SMALL_RUN, command_line, environment, start, tiny_model
 
 LONG = ["train.epochs=12", "train.batch_size=4", "train.save_minutes=0.005"]
 
@@ -75,10 +75,10 @@ def test_after_a_restart_by_torchrun_the_run_goes_on_by_itself(shapes, straight)
 def test_two_nodes_give_the_weights_of_two_ranks_on_one(shapes, straight):
     port = 20000 + os.getpid() % 20000
     agents = []
-    for node in (0, 1):
+    for _ in range(2):
         command = command_line("train.py", "--config", "configs.json:shapes", "--out", "runs/nodes", ranks=1)
-        where = ["--nnodes", "2", "--node_rank", str(node), "--nproc_per_node", "1"]
-        where += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+        where = ["--nnodes", "2", "--nproc_per_node", "1"]
+        where += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}"]
         command[1:1] = ["-m", "torch.distributed.run", *where]
         command += ["--set", *SMALL_RUN, *LONG]
         agents.append(subprocess.Popen(command, cwd=shapes, env=environment(), stderr=subprocess.DEVNULL))
@@ -169,7 +169,7 @@ class Planted:
 @pytest.mark.parametrize("where", ["image", "box"])
 def test_a_step_that_is_not_finite_is_skipped_with_its_row_named(where, shapes, monkeypatch, capfd):
     monkeypatch.setattr(data, "batches", Planted(data.batches, where))
-    run_here(shapes, monkeypatch, f"runs/nan-{where}", "train.epochs=1", "train.batch_size=4", "train.ema=true")
+    start(shapes, f"nan-{where}", "train.epochs=1", "train.batch_size=4", "train.ema=true")
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
     numbers = list(data.StepKeys(train_rows(shapes), {"batch_size": 4, "seed": 6666, "epochs": 1}, 4, (0, 0), 0, 1))
     assert line.startswith("step 4 skipped, rank 0: ") and "nan" in line
@@ -183,13 +183,13 @@ def train_rows(shapes: Path) -> int:
     return len((shapes / "data" / "shapes" / "train.jsonl").read_text().splitlines())
 
 
-def test_a_weight_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint_alone(shapes, monkeypatch, tmp_path):
+def test_a_weight_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint_alone(shapes, tmp_path):
     broken = tiny_model()
     torch.nn.init.constant_(broken.encoder.text_embed.weight, torch.nan)
     models.save(tmp_path / "nan.pt", {"model": broken.state_dict(), "ema": {}, "config": {"model": {}}})
     with pytest.raises(data.InputError, match="20 steps in a row were not finite"):
         settings = ("train.epochs=3", "train.batch_size=4", "train.save_minutes=10")
-        run_here(shapes, monkeypatch, "runs/nan-weight", *settings, flags=("--init", str(tmp_path / "nan.pt")))
+        start(shapes, "nan-weight", "--init", str(tmp_path / "nan.pt"), *settings)
     assert not (shapes / "runs" / "nan-weight" / "last.pt").exists()
 
 
@@ -199,7 +199,7 @@ def test_when_memory_runs_out_the_settings_that_help_are_named(shapes, monkeypat
 
     monkeypatch.setattr(train, "train_step", full)
     with pytest.raises(data.InputError, match="with 16 examples at a time: lower train.micro_batch"):
-        run_here(shapes, monkeypatch, "runs/memory")
+        start(shapes, "memory")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

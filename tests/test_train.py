@@ -15,19 +15,12 @@ import evaluate
 import losses
 import model as models
 import train
-from conftest import ROOT, SMALL_RUN, command_line, environment, program, run_here, tiny_model
+from conftest import ROOT, SMALL_RUN, command_line, environment, program, start, tiny_model
 
 EXACT = ["model.dropout=0.0", "train.epochs=1"]
 # The bias of an attention's keys has no effect, so its gradient is rounding noise, which Adam blows up to whole steps
 # unless eps is above the noise. Where sums are taken in another order that alone can exceed 1e-6.
 STEADY = [*EXACT, "train.eps=1e-6"]
-
-
-def start(shapes: Path, out: str, *more: str, config: str = "shapes", ranks: int = 1, **options):
-    settings = [*SMALL_RUN, *(m for m in more if "=" in m)]
-    flags = [m for m in more if "=" not in m]
-    line = ["train.py", "--config", f"configs.json:{config}", "--out", f"runs/{out}", *flags, "--set", *settings]
-    return program(*line, cwd=shapes, ranks=ranks, **options)
 
 
 def last(shapes: Path, out: str) -> dict:
@@ -159,7 +152,7 @@ CHAINS = [
 
 
 @pytest.mark.parametrize("chain", CHAINS, ids=lambda chain: chain[-1])
-def test_every_regime_of_the_paper_is_a_chain_of_commands(chain, shapes, tmp_path, monkeypatch, capfd):
+def test_every_regime_of_the_paper_is_a_chain_of_commands(chain, shapes, tmp_path, capfd):
     """Each recipe as it is but for sizes and paths; the pre-training at a smaller image size, as COCO-all's."""
     grec, own = chain[0].startswith("grefcoco"), tmp_path / "rows"
     own.mkdir()
@@ -178,33 +171,33 @@ def test_every_regime_of_the_paper_is_a_chain_of_commands(chain, shapes, tmp_pat
         *(f"data.images={images}", f'data.sources={{"coco": "{images}"}}', 'data.eval_splits=["val"]'),
         *("train.epochs=1", "train.batch_size=8", "train.micro_batch=4", "train.evaluate_from=0"),
     ]
-    before: tuple = ()
+    before: list[str] = []
     for recipe in chain:
         small = ["model.image_size=24"] if recipe.startswith("pretrain") else []
         out = f"{tmp_path}/{recipe}"
-        run_here(shapes, monkeypatch, out, *settings, *small, config=recipe, flags=before)
+        start(shapes, out, *before, *settings, *small, config=recipe)
         said = capfd.readouterr()
         assert not before or "tensors taken" in said.out
         assert all(value.isfinite().all() for value in models.read_checkpoint(f"{out}/best.pt")["model"].values())
-        before = ("--init", f"{out}/best.pt")
+        before = ["--init", f"{out}/best.pt"]
 
 
 @pytest.mark.parametrize("amp", ["", "bf16"])
-def test_gradient_checkpointing_changes_no_weight_by_a_bit(amp, shapes, monkeypatch):
+def test_gradient_checkpointing_changes_no_weight_by_a_bit(amp, shapes):
     settings = (f"train.amp={amp}", "train.epochs=1", "model.drop_path=0.3", "model.dropout=0.1")
     for out, checkpointing in (("kept", "false"), ("again", "true")):
-        run_here(shapes, monkeypatch, f"runs/{out}{amp}", *settings, f"train.checkpointing={checkpointing}")
+        start(shapes, out + amp, *settings, f"train.checkpointing={checkpointing}")
     other = last(shapes, f"again{amp}")["model"]
     for name, value in last(shapes, f"kept{amp}")["model"].items():
         assert torch.equal(other[name], value), name
 
 
-def test_two_stages_train_the_decoder_first_and_then_both(shapes):
+def test_two_stages_train_the_decoder_first_and_then_both(shapes, capfd):
     start(shapes, "stage1", "train.epochs=1", config="shapes-stage1")
     figures = rows(shapes, "stage1")[-1]
     assert "decoder_acc" in figures and "token_acc" not in figures
-    done = start(shapes, "stage2", "train.epochs=1", "--init", "runs/stage1/best.pt", config="shapes-stage2")
-    assert "SimVG checkpoint" in done.stdout and "token_acc" in rows(shapes, "stage2")[-1]
+    start(shapes, "stage2", "train.epochs=1", "--init", "runs/stage1/best.pt", config="shapes-stage2")
+    assert "SimVG checkpoint" in capfd.readouterr().out and "token_acc" in rows(shapes, "stage2")[-1]
     refused = program("evaluate.py", "--ckpt", "runs/stage1/best.pt", "--branch", "token", cwd=shapes, status=2)
     assert "never trained" in refused.stderr
 
