@@ -590,7 +590,7 @@ class StepKeys:
                     yield [(epoch, number) for number in numbers[i : i + self.micro]]
 
 
-# --------------------------------------------------------------------------------------------------- looking at it
+# ---------------------------------------------------------------------------------------------- check and show
 
 INK = {"truth": "lime", "decoder": "orange", "token": "deepskyblue"}
 

@@ -197,11 +197,15 @@ def train_epoch(run: Run, stream: Iterator, per_step: int, steps: int, log: "Log
 
 
 def fetch(stream: Iterator, count: int) -> tuple[list[data.Batch], InputError | None]:
-    """The next micro-batches, or why there are none: an image that was damaged all along, or vanished meanwhile."""
+    """The next micro-batches, or why there are none: an image turns out to be damaged, a loader process is gone."""
     try:
         return [next(stream) for _ in range(count)], None
     except InputError as error:
         return [], error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        return [], InputError("a loader process was killed: out of memory or of /dev/shm? lower data.workers")
 
 
 def on_any_rank(flag: bool) -> bool:
