@@ -101,9 +101,7 @@ class BEiT3(nn.Module):
         rates = [drop_path * i / max(layers - 1, 1) for i in range(layers)]
         self.layers = nn.ModuleList(MultiwayLayer(width, heads, ffn, rate) for rate in rates)
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.checkpointing = (
-            False  # in training, keep only each layer's input and compute the rest again (a third more)
-        )
+        self.checkpointing = False  # keep only each layer's input for its gradient, and compute the rest once more
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
