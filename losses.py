@@ -105,7 +105,10 @@ def match(logits: Tensor, boxes: Tensor, targets: Tensor, target_mask: Tensor) -
     pairs = boxes[:, :, :, None], targets[None, :, None]  # (K, B, Q, 1, 4), (1, B, 1, M, 4)
     l1 = (pairs[0] - pairs[1]).abs().sum(-1)  # (K, B, Q, M)
     score = logits.softmax(-1)[..., :1]  # (K, B, Q, 1)
-    cost = (L1 * l1 - CLASS * score - GIOU * iou_giou(*pairs)[1]).double().tolist()
+    cost = L1 * l1 - CLASS * score - GIOU * iou_giou(*pairs)[1]
+    cost = (
+        cost.double().nan_to_num(1e9, 1e9, -1e9).tolist()
+    )  # a loss that is not finite is the training loop's to notice
     real = [[j for j in range(M) if row[j]] for row in target_mask.tolist()]
     result = [[[-1] * Q for _ in range(B)] for _ in range(K)]
     for k in range(K):

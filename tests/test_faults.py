@@ -166,21 +166,25 @@ class Planted:
             yield batch
 
 
+@pytest.mark.parametrize("config", ["shapes", "shapes-grec"])
 @pytest.mark.parametrize("where", ["image", "box"])
-def test_a_step_that_is_not_finite_is_skipped_with_its_row_named(where, shapes, monkeypatch, capfd):
+def test_a_step_that_is_not_finite_is_skipped_with_its_row_named(where, config, shapes, monkeypatch, capfd):
     monkeypatch.setattr(data, "batches", Planted(data.batches, where))
-    start(shapes, f"nan-{where}", "train.epochs=1", "train.batch_size=4", "train.ema=true")
+    out = f"nan-{where}-{config}"
+    start(shapes, out, "train.epochs=1", "train.batch_size=4", "train.ema=true", config=config)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
-    numbers = list(data.StepKeys(train_rows(shapes), {"batch_size": 4, "seed": 6666, "epochs": 1}, 4, (0, 0), 0, 1))
+    numbers = list(
+        data.StepKeys(train_rows(shapes, config), {"batch_size": 4, "seed": 6666, "epochs": 1}, 4, (0, 0), 0, 1)
+    )
     assert line.startswith("step 4 skipped, rank 0: ") and "nan" in line
-    assert line.endswith(f"; rows data/shapes/train.jsonl:{numbers[3][1][1] + 1}")
-    state = last(shapes, f"nan-{where}")
+    assert line.endswith(f"; rows data/{config}/train.jsonl:{numbers[3][1][1] + 1}")
+    state = last(shapes, out)
     assert all(value.isfinite().all() for part in ("model", "ema") for value in state[part].values())
-    assert state["skipped"] == 1 and all(r["total"] == r["total"] for r in rows(shapes, f"nan-{where}") if "total" in r)
+    assert state["skipped"] == 1 and all(r["total"] == r["total"] for r in rows(shapes, out) if "total" in r)
 
 
-def train_rows(shapes: Path) -> int:
-    return len((shapes / "data" / "shapes" / "train.jsonl").read_text().splitlines())
+def train_rows(shapes: Path, config: str) -> int:
+    return len((shapes / "data" / config / "train.jsonl").read_text().splitlines())
 
 
 def test_a_weight_that_is_not_finite_ends_the_run_and_leaves_the_last_checkpoint_alone(shapes, tmp_path):
