@@ -46,17 +46,18 @@ class Expert(nn.Module):
 class MultiwayLayer(nn.Module):
     """Joint attention over image and text, then each modality's own feed-forward network."""
 
-    def __init__(self, width: int, heads: int, ffn: int, drop_path: float):
+    def __init__(self, width: int, heads: int, ffn: int):
         super().__init__()
         self.image, self.text = Expert(width, ffn), Expert(width, ffn)
-        self.heads, self.drop_path = heads, drop_path
+        self.heads = heads
 
     def forward(
-        self, image: Tensor, text: Tensor, readable: Tensor, object_only: bool = False
+        self, image: Tensor, text: Tensor, readable: Tensor, keep: Tensor | None = None, object_only: bool = False
     ) -> tuple[Tensor, Tensor]:
         """image (B, 1+N, D), text (B, L, D), readable (B, 1, 1, 1+N+L) bool -> the updated image and text.
 
-        With `object_only` the patches are still read, but only the object token's row is updated: (B, 1, D).
+        `keep` (2, B, 1, 1) scales what attention and feed-forward add, see `BEiT3.drop_path`. With `object_only` the
+        patches are still read, but only the object token's row is updated: (B, 1, D).
         """
         h_image, h_text = self.image.attn_norm(image), self.text.attn_norm(text)
         k = self._join(self.image.k(h_image), self.text.k(h_text))  # (B, H, 1+N+L, D/H)
@@ -68,22 +69,18 @@ class MultiwayLayer(nn.Module):
         attended = attended.transpose(1, 2).flatten(2)  # (B, 1+N+L, D)
         a_image, a_text = attended.split([image.shape[1], text.shape[1]], dim=1)
 
-        keep = self._keep(image)
-        image = image + keep * self.image.attention_output(a_image)
-        text = text + keep * self.text.attention_output(a_text)
-        keep = self._keep(image)
-        return image + keep * self.image.feed_forward(image), text + keep * self.text.feed_forward(text)
+        image = _add(image, self.image.attention_output(a_image), keep, 0)
+        text = _add(text, self.text.attention_output(a_text), keep, 0)
+        image = _add(image, self.image.feed_forward(image), keep, 1)
+        return image, _add(text, self.text.feed_forward(text), keep, 1)
 
     def _join(self, image: Tensor, text: Tensor) -> Tensor:
         joined = torch.cat([image, text], dim=1)  # (B, 1+N+L, D)
         return joined.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, 1+N+L, D/H)
 
-    def _keep(self, x: Tensor) -> Tensor | float:
-        """Drop path: 0 for the samples whose residual branch is skipped, else 1 / probability to keep it."""
-        if not self.training or self.drop_path == 0:
-            return 1.0
-        keep = 1 - self.drop_path
-        return torch.bernoulli(torch.full((len(x), 1, 1), keep, device=x.device)) / keep  # (B, 1, 1)
+
+def _add(x: Tensor, change: Tensor, keep: Tensor | None, half: int) -> Tensor:
+    return x + change if keep is None else x + keep[half] * change
 
 
 class BEiT3(nn.Module):
@@ -97,9 +94,9 @@ class BEiT3(nn.Module):
         self.object_token = nn.Parameter(torch.zeros(1, 1, width))  # BEiT-3's [CLS]
         self.image_positions = nn.Parameter(torch.empty(1 + self.grid**2, width))
         self.text_positions = nn.Parameter(torch.empty(TEXT_POSITIONS, width))
-        # the drop path grows from 0 in the first layer to its full rate in the last; for `large` that is 0 (D10)
-        rates = [drop_path * i / max(layers - 1, 1) for i in range(layers)]
-        self.layers = nn.ModuleList(MultiwayLayer(width, heads, ffn, rate) for rate in rates)
+        self.layers = nn.ModuleList(MultiwayLayer(width, heads, ffn) for _ in range(layers))
+        # grows from 0 in the first layer to its full rate in the last; for `large` that is 0 (D10)
+        self.drop_rates = [drop_path * i / max(layers - 1, 1) for i in range(layers)]
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.checkpointing = False  # keep only each layer's input for its gradient, and compute the rest once more
         self.reset_parameters()
@@ -127,14 +124,24 @@ class BEiT3(nn.Module):
         text = self.text_embed(tokens) + self.text_positions[: tokens.shape[1]]  # (B, L, D)
         text = text.masked_fill(text_pad[..., None], 0)
         readable = F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, 1+N+L)
+        keep = self.drop_path(images)
         for i, layer in enumerate(self.layers):
-            inputs = image, text, readable, object_only and i == len(self.layers) - 1
+            last = i == len(self.layers) - 1
+            inputs = image, text, readable, None if keep is None else keep[i], object_only and last
             if self.checkpointing and torch.is_grad_enabled():
                 image, text = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 image, text = layer(*inputs)
         image, text = self.image_norm(image), self.text_norm(text)
         return image[:, 0], image[:, 1:], text
+
+    def drop_path(self, images: Tensor) -> Tensor | None:
+        """In training (layers, 2, B, 1, 1): 0 for the samples whose residual branch is skipped, else 1 / probability
+        to keep it. Drawn out here, since numbers that differ from layer to layer would have each compiled by itself."""
+        if not self.training or self.drop_rates[-1] == 0:
+            return None
+        keep = 1 - torch.tensor(self.drop_rates, device=images.device)[:, None, None, None, None]
+        return torch.bernoulli(keep.expand(-1, 2, len(images), 1, 1)) / keep
 
 
 def sine_1d(length: int, width: int, one_frequency: bool = False) -> Tensor:

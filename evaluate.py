@@ -100,25 +100,27 @@ def evaluate(
     amp: torch.dtype | None = None,
     title: str = "",
 ) -> list[dict[str, Result]]:
-    """The results of every example, in order, {branch: Result}: on all ranks together, the same list on each."""
+    """The results of every example, in order, {branch: Result}: on all ranks together, the same list on each.
+
+    Where the GPU's memory does not hold `batch_size` examples, it goes on with half of it.
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, training = model.mean.device, model.training
     model.eval()
     mine = range(rank, len(dataset), world)
-    keys = [[(0, i) for i in mine[s : s + batch_size]] for s in range(0, len(mine), batch_size)]
     found: dict[int, dict[str, Result]] = {}
-    loader = data.batches(dataset, collate, keys, workers, pin=device.type == "cuda")
-    for batch in tqdm(loader, desc=title, total=len(keys), disable=None if title and rank == 0 else True, leave=False):
-        batch = batch.to(device)
-        output = model(batch.images, batch.tokens, batch.text_pad, branch, amp)
-        answers = {}
-        if branch != "token":
-            answers["decoder"] = output.decoder_logits[-1], output.decoder_boxes[-1]
-        if branch != "decoder":
-            answers["token"] = output.token_logits, output.token_boxes
-        each = {name: results(*x, batch.boxes, batch.box_mask, dataset.image_size) for name, x in answers.items()}
-        for place, index in enumerate(batch.index):
-            found[index] = {name: listed[place] for name, listed in each.items()}
+    with tqdm(total=len(mine), desc=title, disable=None if title and rank == 0 else True, leave=False) as bar:
+        while len(found) < len(mine):
+            left = mine[len(found) :]
+            keys = [[(0, i) for i in left[s : s + batch_size]] for s in range(0, len(left), batch_size)]
+            try:
+                for batch in data.batches(dataset, collate, keys, workers, pin=device.type == "cuda"):
+                    found |= answered(model, batch.to(device), branch, amp)
+                    bar.update(len(batch.index))
+            except torch.OutOfMemoryError:
+                if batch_size == 1:
+                    raise
+                batch_size //= 2
     if world > 1:
         parts: list = [None] * world
         dist.all_gather_object(parts, found)
@@ -126,6 +128,20 @@ def evaluate(
     model.train(training)
     assert len(found) == len(dataset), "an expression was counted twice or never"
     return [found[index] for index in range(len(dataset))]
+
+
+def answered(
+    model: models.SimVG, batch: data.Batch, branch: str, amp: torch.dtype | None
+) -> dict[int, dict[str, Result]]:
+    """{example: {branch: Result}} of one batch."""
+    output = model(batch.images, batch.tokens, batch.text_pad, branch, amp)
+    answers = {}
+    if branch != "token":
+        answers["decoder"] = output.decoder_logits[-1], output.decoder_boxes[-1]
+    if branch != "decoder":
+        answers["token"] = output.token_logits, output.token_boxes
+    each = {name: results(*x, batch.boxes, batch.box_mask, model.image_size) for name, x in answers.items()}
+    return {index: {name: listed[i] for name, listed in each.items()} for i, index in enumerate(batch.index)}
 
 
 def summary(found: Sequence[dict[str, Result]], rows: Sequence[data.Row], grec: bool) -> dict[str, float]:
@@ -180,36 +196,36 @@ def mean_box_accuracy(train: Sequence[data.Row], rows: Sequence[data.Row]) -> fl
 def ground(
     model: models.SimVG,
     image: str | Path | Tensor,
-    text: str,
+    texts: Sequence[str],
     tokenizer: data.Tokenizer,
     branch: str = "token",
     threshold: float = THRESHOLD,
     max_tokens: int = 20,
-) -> tuple[Tensor, Tensor]:
-    """One phrase in one image (a path, or (3, H, W) uint8 RGB) -> boxes xyxy in pixels (n, 4), scores (n,).
+    amp: torch.dtype | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Phrases in one image (a path, or (3, H, W) uint8 RGB) -> for each boxes xyxy in pixels (n, 4) and scores (n,).
 
     A REC model answers one box; a gREC model every box from the threshold on, best first, maybe none.
     """
     picture = image if isinstance(image, Tensor) else data.read_image(str(image))
-    if not data.clean(text).strip():
-        raise InputError("--text: expected a phrase of at least one word")
+    for text in texts:
+        data.check_expression(text, "--text")
     height, width = picture.shape[1:]
     device = model.mean.device
-    tokens, text_pad = (x.to(device) for x in tokenizer([text], max_tokens))
-    resized = data.resize(picture, model.image_size, model.image_size)
-    output = model(resized[None].to(device), tokens, text_pad, branch)
-    logits, boxes = (
-        (output.token_logits[0], output.token_boxes[0])
-        if branch == "token"
-        else (output.decoder_logits[-1, 0], output.decoder_boxes[-1, 0])
-    )
-    scores = logits.softmax(-1)[:, 0].cpu()  # (Q,)
-    boxes = box_convert(boxes.cpu(), "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
-    boxes = clip_boxes_to_image(boxes, (height, width))
-    kept = scores.argsort(descending=True)
-    if len(scores) > 1:
-        kept = kept[(scores[kept].double() >= threshold) & (boxes[kept, 2:] > boxes[kept, :2]).all(1)]
-    return boxes[kept], scores[kept]
+    tokens, text_pad = (x.to(device) for x in tokenizer(texts, max_tokens))  # (T, L)
+    resized = data.resize(picture, model.image_size, model.image_size).to(device)
+    output = model(resized.expand(len(texts), -1, -1, -1), tokens, text_pad, branch, amp)
+    logits, boxes = output[2:] if branch == "token" else (output[0][-1], output[1][-1])  # (T, Q, 2), (T, Q, 4)
+    every_score = logits.softmax(-1)[..., 0].cpu()  # (T, Q)
+    scale = torch.tensor([width, height, width, height])
+    every_box = clip_boxes_to_image(box_convert(boxes.cpu(), "cxcywh", "xyxy") * scale, (height, width))
+    found = []
+    for scores, boxes in zip(every_score, every_box, strict=True):
+        kept = scores.argsort(descending=True)
+        if len(scores) > 1:
+            kept = kept[(scores[kept].double() >= threshold) & (boxes[kept, 2:] > boxes[kept, :2]).all(1)]
+        found.append((boxes[kept], scores[kept]))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -348,7 +364,8 @@ def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict,
     collate = load_collate(config)
     for split in args.split or config["data"]["eval_splits"]:
         dataset = load_split(config, split)
-        found = evaluate(model, dataset, collate, branch, workers=config["data"]["workers"], title=split)
+        workers, amp = config["data"]["workers"], models.AMP[args.amp]
+        found = evaluate(model, dataset, collate, branch, workers=workers, amp=amp, title=split)
         figures = summary(found, dataset.rows, config["model"]["queries"] > 1)
         if rank == 0:
             print_table(split, figures, by_kind(found, dataset.rows))
@@ -356,20 +373,25 @@ def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict,
 
 
 def ground_one(args: argparse.Namespace, model: models.SimVG, config: dict) -> None:
-    """Print every box with its score, and save a picture."""
+    """Print every box of every phrase with its score, and save a picture."""
     tokenizer = data.Tokenizer(config["data"]["tokenizer"])
     image = data.read_image(args.image)
     scale = torch.tensor([image.shape[2], image.shape[1]] * 2)
-    answers = {}
+    answers: list[dict[str, Tensor]] = [{} for _ in args.text]
+    options = {"max_tokens": config["data"]["max_tokens"], "amp": models.AMP[args.amp]}
     for branch in BRANCHES if chosen_branch(args, config) == "both" else [chosen_branch(args, config)]:
-        boxes, scores = ground(model, image, args.text, tokenizer, branch, max_tokens=config["data"]["max_tokens"])
-        answers[branch] = boxes / scale
-        if not len(boxes):
-            print(f"{branch}: nothing in the image fits {args.text!r}")
-        for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
-            print(f"{branch}: box {' '.join(f'{v:.1f}' for v in box)} (x1 y1 x2 y2, pixels), score {score:.3f}")
+        found = ground(model, image, args.text, tokenizer, branch, **options)
+        for text, answer, (boxes, scores) in zip(args.text, answers, found, strict=True):
+            answer[branch] = boxes / scale
+            if not len(boxes):
+                print(f"{branch}: nothing in the image fits {text!r}")
+            for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
+                where = " ".join(f"{v:.1f}" for v in box)
+                print(f"{branch}: {text!r} box {where} (x1 y1 x2 y2, pixels), score {score:.3f}")
     path = args.save or str(Path(args.image).with_suffix("")) + "_grounded.png"
-    data.draw(image, answers, args.text, side=max(280, min(1000, max(image.shape[1:])))).save(path)
+    side = max(280, min(1000, max(image.shape[1:])))
+    pictures = [data.draw(image, answer, text, side) for text, answer in zip(args.text, answers, strict=True)]
+    data.tile(pictures, path, columns=min(3, len(pictures)))
     print(f"picture: {path}")
 
 
@@ -384,7 +406,7 @@ def chosen_branch(args: argparse.Namespace, config: dict) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint, or ground one phrase in one image.")
+    parser = argparse.ArgumentParser(description="Evaluate a checkpoint, or ground phrases in one image.")
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint of train.py, or an official .pth")
     parser.add_argument("--config", metavar="FILE:NAME", help="the config of an official .pth, which holds none")
     parser.add_argument(
@@ -392,8 +414,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--split", nargs="+", metavar="NAME", help="splits to evaluate (default: all of the config)")
     parser.add_argument("--branch", nargs="+", choices=BRANCHES, help="default: every branch that was trained")
-    parser.add_argument("--image", metavar="FILE", help="ground one phrase in this image")
-    parser.add_argument("--text", help="the phrase")
+    parser.add_argument("--image", metavar="FILE", help="ground phrases in this image")
+    parser.add_argument("--text", nargs="+", metavar="PHRASE", help="the phrases")
+    parser.add_argument("--amp", choices=["bf16", "fp16"], default="", help="run the encoder in 16 bits")
     parser.add_argument("--save", metavar="FILE", help="where the picture goes (default: IMAGE_grounded.png)")
     args = parser.parse_args()
     if (args.image is None) != (args.text is None):

@@ -28,6 +28,7 @@ import beit3
 from data import InputError
 
 HEADS = 8  # attention heads of TQG and decoder, in every released model
+AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what `amp` may be called in configs
 IMAGE_MEAN, IMAGE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB, 0..255
 
 

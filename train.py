@@ -34,7 +34,6 @@ from data import InputError
 
 LOG_EVERY = 20  # steps between two training rows of metrics.jsonl
 PATIENCE = 20  # steps in a row that may be not finite; in fp16 the first ones can be, until the scale fits
-AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -118,12 +117,15 @@ def main() -> None:
 def build(config: dict, out: Path, rank: int, world: int, device: torch.device) -> Run:
     """A new run: model, DDP, optimiser."""
     settings = config["train"]
-    if settings["amp"] not in AMP:
+    if settings["amp"] not in models.AMP:
         raise InputError(f'train.amp must be "" (float32), "bf16" or "fp16", not {settings["amp"]!r}')
-    amp, branch = AMP[settings["amp"]], evaluate.trained_branch(settings)
+    amp, branch = models.AMP[settings["amp"]], evaluate.trained_branch(settings)
     torch.manual_seed(settings["seed"])
     model = models.SimVG(**config["model"]).to(device)
     model.encoder.checkpointing = settings["checkpointing"]
+    if settings["compile"]:
+        for layer in model.encoder.layers:
+            layer.compile()  # before DDP; all layers share their graphs
     # DDP waits for every gradient it was promised, so an idle branch must not promise any
     model.token_branch.requires_grad_(branch != "decoder")
     model.decoder_branch.requires_grad_(branch != "token")

@@ -42,25 +42,23 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 # ------------------------------------------------------------------------------------------------ the baseline
 
 
-def plain_layer(layer: beit3.MultiwayLayer, x: Tensor, cut: int, pad: Tensor) -> Tensor:
+def plain_layer(layer: beit3.MultiwayLayer, x: Tensor, cut: int, pad: Tensor, keep: Tensor | tuple) -> Tensor:
     """x (B, T, D), the first `cut` rows being the image's; split and joined around every module, as torchscale does."""
 
     def each(image: Callable, text: Callable, x: Tensor) -> Tensor:
         return torch.cat([image(x[:, :cut]), text(x[:, cut:])], dim=1)
 
     a, b = layer.image, layer.text
-    keep = layer._keep(x)
     h = each(a.attn_norm, b.attn_norm, x)
     q, k, v = (each(getattr(a, n), getattr(b, n), h) for n in "qkv")
     q, k, v = (t.unflatten(2, (layer.heads, -1)).transpose(1, 2) for t in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (B, H, T, T)
     scores = scores.masked_fill(pad[:, None, None], -torch.inf)
     attended = (F.softmax(scores, dim=-1, dtype=torch.float32).type_as(scores) @ v).transpose(1, 2).flatten(2)
-    x = x + keep * each(a.out, b.out, each(a.inner_norm, b.inner_norm, attended))
-    keep = layer._keep(x)
+    x = x + keep[0] * each(a.out, b.out, each(a.inner_norm, b.inner_norm, attended))
     h = each(a.fc1, b.fc1, each(a.ffn_norm, b.ffn_norm, x))
     h = F.gelu(h.float()).type_as(h)
-    return x + keep * each(a.fc2, b.fc2, each(a.hidden_norm, b.hidden_norm, h))
+    return x + keep[1] * each(a.fc2, b.fc2, each(a.hidden_norm, b.hidden_norm, h))
 
 
 def plain_encoder(encoder: beit3.BEiT3, images: Tensor, tokens: Tensor, text_pad: Tensor) -> tuple[Tensor, ...]:
@@ -69,8 +67,9 @@ def plain_encoder(encoder: beit3.BEiT3, images: Tensor, tokens: Tensor, text_pad
     text = encoder.text_embed(tokens) + encoder.text_positions[: tokens.shape[1]]
     x = torch.cat([image, text * (1 - text_pad[..., None].float())], dim=1)
     cut, pad = image.shape[1], F.pad(text_pad, (image.shape[1], 0))
-    for layer in encoder.layers:
-        x = plain_layer(layer, x, cut, pad)
+    keep = encoder.drop_path(images)
+    for i, layer in enumerate(encoder.layers):
+        x = plain_layer(layer, x, cut, pad, (1.0, 1.0) if keep is None else keep[i])
     image, text = encoder.image_norm(x[:, :cut]), encoder.text_norm(x[:, cut:])
     return image[:, 0], image[:, 1:], text
 

@@ -59,7 +59,19 @@ def test_drop_path_skips_whole_samples_and_only_in_training():
     assert torch.equal(encode(model, *inputs)[0], encode(model, *inputs)[0])
     model.train()
     assert not torch.equal(encode(model, *inputs)[0], encode(model, *inputs)[0])
-    assert [layer.drop_path for layer in model.encoder.layers] == [0, 0.9]
+    assert model.encoder.drop_rates == [0, 0.9]
+
+
+def test_compiled_layers_share_one_graph_whatever_their_drop_path():
+    model, inputs = tiny_model(encoder_layers=12, drop_path=0.1).train(), tiny_inputs()
+    torch.manual_seed(0)
+    expected = encode(model, *inputs)[0]
+    torch._dynamo.utils.counters.clear()
+    for layer in model.encoder.layers:
+        layer.compile(backend="eager")
+    torch.manual_seed(0)
+    torch.testing.assert_close(encode(model, *inputs)[0], expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_positions_of_the_same_grid_stay_untouched():

@@ -74,12 +74,42 @@ def shapes_section(shapes):
 def test_grounding_answers_in_pixels_of_the_original_image(shapes):
     tokenizer = data.Tokenizer(shapes / "data/shapes/shapes.spm")
     image = torch.randint(0, 256, (3, 80, 200), dtype=torch.uint8)
-    boxes, scores = evaluate.ground(tiny_model(), image, "the red circle", tokenizer)
+    ((boxes, scores),) = evaluate.ground(tiny_model(), image, ["the red circle"], tokenizer)
     assert boxes.shape == (1, 4) and scores.shape == (1,)
     assert (boxes >= 0).all() and (boxes <= torch.tensor([200, 80, 200, 80])).all()
-    many, _ = evaluate.ground(tiny_model(queries=6), image, "the red circle", tokenizer, threshold=0.0)
-    none, _ = evaluate.ground(tiny_model(queries=6), image, "the red circle", tokenizer, threshold=1.0)
+    ((many, _),) = evaluate.ground(tiny_model(queries=6), image, ["the red circle"], tokenizer, threshold=0.0)
+    ((none, _),) = evaluate.ground(tiny_model(queries=6), image, ["the red circle"], tokenizer, threshold=1.0)
     assert len(many) == 6 and len(none) == 0
+
+
+@pytest.mark.parametrize("branch", ["decoder", "token"])
+def test_several_phrases_at_once_are_answered_as_one_by_one(branch, shapes):
+    tokenizer, texts = data.Tokenizer(shapes / "data/shapes/shapes.spm"), ["the red circle", "the leftmost ring", "a"]
+    image = torch.randint(0, 256, (3, 80, 200), dtype=torch.uint8)
+    for text, (boxes, scores) in zip(
+        texts, evaluate.ground(tiny_model(), image, texts, tokenizer, branch), strict=True
+    ):
+        ((alone, score),) = evaluate.ground(tiny_model(), image, [text], tokenizer, branch)
+        torch.testing.assert_close(boxes, alone, atol=1e-3, rtol=0)
+        torch.testing.assert_close(scores, score, atol=1e-5, rtol=0)
+
+
+def test_where_memory_runs_out_evaluation_goes_on_with_half_the_batch(shapes, monkeypatch):
+    rows = data.expand(data.read_rows(shapes_section(shapes), "val"))[:21]
+    collate = data.Collate(data.Tokenizer(shapes / "data/shapes/shapes.spm"), 10)
+    dataset, sizes, whole = data.Dataset(rows, 32), [], evaluate.answered
+
+    def tight(model, batch, *rest):
+        sizes.append(len(batch.index))
+        if len(batch.index) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, batch, *rest)
+
+    expected = evaluate.evaluate(tiny_model(), dataset, collate)
+    monkeypatch.setattr(evaluate, "answered", tight)
+    found = evaluate.evaluate(tiny_model(), dataset, collate, batch_size=16)
+    assert sizes == [16, 8, 4, 4, 4, 4, 4, 1]
+    assert [r["token"].correct for r in found] == [r["token"].correct for r in expected]
 
 
 def test_one_image_and_phrase_print_box_and_score_and_save_a_picture(shapes, trained):
@@ -89,7 +119,11 @@ def test_one_image_and_phrase_print_box_and_score_and_save_a_picture(shapes, tra
         *("--save", "out.png"),
         cwd=shapes,
     )
-    assert "token: box" in done.stdout and "decoder: box" in done.stdout and "score" in done.stdout
+    assert (
+        "token: 'the red circle' box" in done.stdout
+        and "decoder: 'the red circle' box" in done.stdout
+        and "score" in done.stdout
+    )
     with Image.open(shapes / "out.png") as picture:
         assert min(picture.size) >= 240
 
