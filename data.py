@@ -430,16 +430,17 @@ def read_image(path: str, size: tuple[int, int] | None = None, where: str = "") 
     it lies on disk: then its boxes were drawn there (D13)."""
     with open_image(path, size, where) as file:
         try:
-            turn = file.format != "PNG" and (not size or size == _upright_size(file))
-            image = ImageOps.exif_transpose(file) if turn else file
+            if file.format != "PNG" and (not size or size == _upright_size(file)):
+                ImageOps.exif_transpose(file, in_place=True)
+            image = file
             if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode == "P":  # a palette may hold transparent colours, which convert() warns of
                 image = image.convert("RGBA")
-            image = np.asarray(image.convert("RGB"))
+            pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
         except Exception as error:  # as above
             raise InputError(f"{where or path}: cannot read the image {path}: {_fault(error)}") from None
-    return torch.tensor(image).permute(2, 0, 1)  # (3, H, W)
+    return torch.tensor(pixels).permute(2, 0, 1)  # (3, H, W)
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
