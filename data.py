@@ -551,7 +551,8 @@ class _Guarded:
 
 
 def batches(dataset: Dataset, collate: Collate, keys: Sequence, workers: int, pin: bool = False) -> Iterator[Batch]:
-    """Batches of the examples `keys`, an iterable of lists of (epoch, index)."""
+    """Batches of the examples `keys`, an iterable of lists of (epoch, index), from at most a worker a core."""
+    workers = min(workers, os.cpu_count() or 1)
     loader = DataLoader(
         _Guarded(dataset, collate),
         sampler=keys,
