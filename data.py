@@ -328,14 +328,14 @@ def check_files(rows: Sequence[Row]) -> None:
 
     Only headers are read: a picture that is damaged further on is found when used, or by `data.py check --images`.
     """
-    faults = image_faults(rows, read=open_image)
+    faults = image_faults(rows, "headers")
     if faults:
         more = f" (and {len(faults) - 1:,} more images are at fault)" if len(faults) > 1 else ""
         raise InputError(f"{faults[0]}{more}")
 
 
-def image_faults(rows: Sequence[Row], read: Callable | None) -> list[InputError]:
-    """What is wrong with images: a fault each. `read` is open_image, read_image, or None: are they there at all?"""
+def image_faults(rows: Sequence[Row], depth: str) -> list[InputError]:
+    """What is wrong with images, a fault each, looking at their "names", their "headers" or all their "pixels"."""
     by_image: dict[str, list[Row]] = {}
     for row in rows:
         by_image.setdefault(row.image, []).append(row)
@@ -344,14 +344,14 @@ def image_faults(rows: Sequence[Row], read: Callable | None) -> list[InputError]
         try:
             if not os.path.isfile(group[0].image):
                 return InputError(f"{group[0].where}: there is no image {group[0].image}")
-            for row in {row.size: row for row in group}.values() if read else ():
-                read(row.image, row.size, row.where)
-            if read and any(row.size is None for row in group):
-                with open_image(group[0].image) as file:
-                    size = _upright_size(file)
-                for row in group:
-                    for box in [box for _, boxes in row.choices for box in boxes]:
-                        check_box(box, row.size or size, row.where)
+            for row in {row.size: row for row in group}.values() if depth != "names" else ():
+                with open_image(row.image, row.size, row.where) as file:
+                    upright = _upright_size(file)
+                if depth == "pixels":
+                    read_image(row.image, row.size, row.where)
+            for row in group if depth != "names" else ():
+                for box in [box for _, boxes in row.choices for box in boxes if row.size is None]:
+                    check_box(box, upright, row.where)
         except InputError as error:
             return error
         return None
@@ -658,7 +658,7 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
         rows, seen, before = [], set(), len(faults)
         for row in scan_rows(section, split):
             (faults if isinstance(row, InputError) else rows).append(row)
-        faults += image_faults(rows, read_image if decode else None)
+        faults += image_faults(rows, "pixels" if decode else "names")
         count = table[split] = dict.fromkeys(CHECKED, 0)
         count |= {"rows": len(rows), "images": len({row.image for row in rows}), "faults": len(faults) - before}
         for row in expand(rows):

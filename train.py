@@ -253,7 +253,7 @@ def out_of_memory(error: RuntimeError, micro: int) -> Exception:
     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
         return error
     return InputError(
-        f"out of memory with {micro} examples at a time: lower train.micro_batch (the result stays the same), "
+        f"out of memory with {micro} examples at a time: lower train.micro_batch, "
         "or set train.checkpointing=true or train.amp=bf16"
     )
 

@@ -417,3 +417,11 @@ def test_making_the_set_twice_gives_the_same_files(tmp_path):
     names = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert len(names) > 12
     assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+
+
+def test_boxes_of_a_row_without_a_size_are_held_against_the_image_before_anything_starts(tmp_path):
+    save_image(tmp_path / "a.jpg")
+    row = {"image": "a.jpg", "expressions": ["the dog"], "boxes": [[100, 10, 20, 20]]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(data.InputError, match=r"rows.jsonl:1: box .* lies outside the image of 64 x 48"):
+        data.check_files(data.read_rows(section(tmp_path), "train"))
