@@ -9,8 +9,10 @@ Everything is counted per expression and divided once, so that batches and ranks
 """
 
 import argparse
+import ctypes
 import json
 import os
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -334,6 +336,8 @@ def main() -> None:
             f"{args.ckpt}: an official checkpoint holds no config, name one: --config configs.json:refcoco"
         )
     data.override_config(config, args.set)
+    if args.amp:
+        models.keep_in_16_bits(model, models.AMP[args.amp])
     if rank == 0:
         print(f"{args.ckpt}: {kind}")
     if args.image is None:
@@ -345,7 +349,8 @@ def main() -> None:
 
 
 def join_ranks() -> tuple[int, int, torch.device]:
-    """(rank, world size, device) of this process; under torchrun it joins the others."""
+    """(rank, world size, device) of this process; under torchrun it joins the others. Settings for speed, too."""
+    keep_freed_memory()
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -356,6 +361,14 @@ def join_ranks() -> tuple[int, int, torch.device]:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return (dist.get_rank() if world > 1 else 0), world, device
+
+
+def keep_freed_memory() -> None:
+    """On Linux: keep for the next tensor what the last one set free. glibc gives large blocks back to the system, and
+    each time the next activations cost a page fault every 4 kB: a fourth of a CPU's training step."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict, rank: int) -> None:

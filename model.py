@@ -203,6 +203,14 @@ class SimVG(nn.Module):
         return Output(*decoded, *direct)
 
 
+def keep_in_16_bits(model: SimVG, amp: torch.dtype) -> None:
+    """For inference that always names this `amp`: store the encoder's matrices in the precision that autocast would
+    otherwise cast them to at every call. The answers stay the same."""
+    for module in model.encoder.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(amp)
+
+
 # -------------------------------------------------------------------------------------------- checkpoint files
 
 

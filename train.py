@@ -187,9 +187,9 @@ def train_epoch(run: Run, stream: Iterator, per_step: int, steps: int, log: "Log
             raise out_of_memory(error, len(batch[0].index)) from None
         progress["step"] += 1
         progress["step_in_epoch"] += 1
-        if terms["grad_norm"].isfinite():
+        update_ema(run.ema, run.model, settings["ema_decay"], progress["step"])
+        if terms["grad_norm"].isfinite():  # the step's only wait for the device, with all its work handed over
             run.skipped_in_a_row = 0
-            update_ema(run.ema, run.model, settings["ema_decay"], progress["step"])
             log.step(terms, waited, time.monotonic() - began)
         else:
             skipped(run, batch, terms, rows)
@@ -230,7 +230,7 @@ def stop(run: Run, log: "Log", fault: InputError | None) -> None:
 
 
 def skipped(run: Run, batch: list[data.Batch], terms: dict[str, Tensor], rows: Sequence[data.Row]) -> None:
-    """Say what was not finite in a step that changed neither weights nor averages. InputError after PATIENCE of them.
+    """Say what was not finite in a step that changed no weight. InputError after PATIENCE of them.
 
     The gradient norm is that of all ranks, so all come here together; the rows are each rank's own.
     """
@@ -299,7 +299,10 @@ def report_best(run: Run, rows: Sequence[data.Row], splits: dict, collate: data.
 
 
 def train_step(run: Run, batch: list[data.Batch]) -> dict[str, Tensor]:
-    """One optimiser step on the micro-batches of this rank -> its loss terms and the gradient norm before clipping."""
+    """One optimiser step on the micro-batches of this rank -> its loss terms and the gradient norm before clipping.
+
+    Where that norm is not finite the weights stay as they are.
+    """
     settings, optimizer, scaler = run.config["train"], run.optimizer, run.scaler
     factors = [settings[f"loss_{name}"] for name in ("decoder", "token_on_truth", "token_on_teacher")]
     queries, no_object = run.model.tqg.query_embed.num_embeddings, settings["no_object_weight"]
@@ -319,9 +322,10 @@ def train_step(run: Run, batch: list[data.Batch]) -> dict[str, Tensor]:
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     sums["grad_norm"] = nn.utils.clip_grad_norm_(trained, settings["clip_norm"])
-    if scaler.is_enabled() or sums["grad_norm"].isfinite():  # else the weights stay as they are
-        scaler.step(optimizer)  # looks for itself
-        scaler.update()
+    if not scaler.is_enabled():  # as the scaler does: the device itself leaves a step out, nobody waits to decide it
+        optimizer.found_inf = (~sums["grad_norm"].isfinite()).float()
+    scaler.step(optimizer)
+    scaler.update()
     return sums
 
 

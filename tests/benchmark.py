@@ -1,30 +1,35 @@
 """Speed, always as a ratio to a plain baseline in the same process and run.
 
-    python tests/benchmark.py loader    images per second and worker process, from JPEG to a training batch
-    python tests/benchmark.py model     forward and training step against the official code's way of writing them
+    python tests/benchmark.py model     forward, training step and evaluation against the official code's way of writing
+    python tests/benchmark.py parts     what each optimisation gains: the program against itself without it
     python tests/benchmark.py losses    matching and losses with 10 queries against the usual loop over samples
-    python tests/benchmark.py growth    how the cost grows with batch, image, text and queries
+    python tests/benchmark.py growth    how the cost grows with batch, image, text, queries and loader processes
+    python tests/benchmark.py loader    images per second and worker process, from JPEG to a training batch
 
 The baseline is the same model and weights: separate modules for each modality around every product, explicit softmax,
-every row in every layer, all in fp32, default Adam, averages in a Python loop. It is checked equal first.
+every row in every layer, default Adam, averages in a Python loop, glibc's own memory limits. It is checked equal first.
 """
 
 import argparse
 import copy
+import ctypes
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -38,11 +43,30 @@ import train
 CONFIGS = str(Path(__file__).parent.parent / "configs.json")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+KINDS = ["plain fp32", "plain bf16", "fp32", "bf16"] + ["bf16 compiled"] * (DEVICE.type == "cuda")
 
 # ------------------------------------------------------------------------------------------------ the baseline
 
 
-def plain_layer(layer: beit3.MultiwayLayer, x: Tensor, cut: int, pad: Tensor, keep: Tensor | tuple) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (B, H, T, T)
+    scores = scores.masked_fill(~attn_mask, -torch.inf)
+    return F.softmax(scores, dim=-1, dtype=torch.float32).type_as(scores) @ v
+
+
+def plain_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x.float()).type_as(x)
+
+
+def plain_layer(
+    layer: beit3.MultiwayLayer,
+    x: Tensor,
+    cut: int,
+    readable: Tensor,
+    keep: Tensor | tuple,
+    attention: Callable,
+    gelu: Callable,
+) -> Tensor:
     """x (B, T, D), the first `cut` rows being the image's; split and joined around every module, as torchscale does."""
 
     def each(image: Callable, text: Callable, x: Tensor) -> Tensor:
@@ -52,86 +76,144 @@ def plain_layer(layer: beit3.MultiwayLayer, x: Tensor, cut: int, pad: Tensor, ke
     h = each(a.attn_norm, b.attn_norm, x)
     q, k, v = (each(getattr(a, n), getattr(b, n), h) for n in "qkv")
     q, k, v = (t.unflatten(2, (layer.heads, -1)).transpose(1, 2) for t in (q, k, v))
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (B, H, T, T)
-    scores = scores.masked_fill(pad[:, None, None], -torch.inf)
-    attended = (F.softmax(scores, dim=-1, dtype=torch.float32).type_as(scores) @ v).transpose(1, 2).flatten(2)
+    attended = attention(q, k, v, attn_mask=readable).transpose(1, 2).flatten(2)
     x = x + keep[0] * each(a.out, b.out, each(a.inner_norm, b.inner_norm, attended))
     h = each(a.fc1, b.fc1, each(a.ffn_norm, b.ffn_norm, x))
-    h = F.gelu(h.float()).type_as(h)
-    return x + keep[1] * each(a.fc2, b.fc2, each(a.hidden_norm, b.hidden_norm, h))
+    return x + keep[1] * each(a.fc2, b.fc2, each(a.hidden_norm, b.hidden_norm, gelu(h)))
 
 
-def plain_encoder(encoder: beit3.BEiT3, images: Tensor, tokens: Tensor, text_pad: Tensor) -> tuple[Tensor, ...]:
+def plain_encoder(
+    encoder: beit3.BEiT3,
+    images: Tensor,
+    tokens: Tensor,
+    text_pad: Tensor,
+    object_only: bool = False,  # never
+    attention: Callable = plain_attention,
+    gelu: Callable = plain_gelu,
+) -> tuple[Tensor, Tensor, Tensor]:
     patches = encoder.patch_embed(images).flatten(2).transpose(1, 2)
     image = torch.cat([encoder.object_token.expand(len(images), -1, -1), patches], dim=1) + encoder.image_positions
     text = encoder.text_embed(tokens) + encoder.text_positions[: tokens.shape[1]]
     x = torch.cat([image, text * (1 - text_pad[..., None].float())], dim=1)
-    cut, pad = image.shape[1], F.pad(text_pad, (image.shape[1], 0))
+    cut, readable = image.shape[1], F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]
     keep = encoder.drop_path(images)
     for i, layer in enumerate(encoder.layers):
-        x = plain_layer(layer, x, cut, pad, (1.0, 1.0) if keep is None else keep[i])
+        x = plain_layer(layer, x, cut, readable, (1.0, 1.0) if keep is None else keep[i], attention, gelu)
     image, text = encoder.image_norm(x[:, :cut]), encoder.text_norm(x[:, cut:])
     return image[:, 0], image[:, 1:], text
 
 
-def plain_forward(model: models.SimVG, images: Tensor, tokens: Tensor, text_pad: Tensor, branch: str) -> models.Output:
-    object_token, image, text = plain_encoder(model.encoder, (images - model.mean) / model.std, tokens, text_pad)
-    queries = model.tqg(text, text_pad)
-    decoded = model.decoder_branch(image, queries) if branch != "token" else (None, None)
-    direct = model.token_branch(object_token, queries) if branch != "decoder" else (None, None)
-    return models.Output(*decoded, *direct)
+def with_encoder(model: models.SimVG, encoder: Callable, *inputs) -> models.Output:
+    with patch.object(model.encoder, "forward", encoder):
+        return model(*inputs)
 
 
-def plain_step(run: train.Run, batch: data.Batch) -> None:
-    output = plain_forward(run.model, *batch[:3], "both")
-    terms = losses.simvg_loss(output, batch.boxes, batch.box_mask)
-    run.optimizer.zero_grad()
-    terms["total"].backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.15)
-    run.optimizer.step()
-    with torch.no_grad():
-        for name, p in run.model.named_parameters():
-            run.ema[name].copy_(0.999 * run.ema[name] + 0.001 * p)
+def plain_forward(model: models.SimVG, *inputs) -> models.Output:
+    with glibc_limits():
+        return with_encoder(model, partial(plain_encoder, model.encoder), *inputs)
+
+
+def plain_step(run: train.Run, batch: data.Batch, encoder: Callable | None = None) -> None:
+    with nullcontext() if encoder else glibc_limits():
+        encoder = encoder or partial(plain_encoder, run.model.encoder)
+        output = with_encoder(run.model, encoder, *batch[:3], "both", run.amp)
+        terms = losses.simvg_loss(output, batch.boxes, batch.box_mask)
+        run.optimizer.zero_grad()
+        terms["total"].backward()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.15)
+        run.optimizer.step()
+        plain_average(run)
+
+
+@torch.no_grad()
+def plain_average(run: train.Run) -> None:
+    for name, p in run.model.named_parameters():
+        run.ema[name].copy_(0.999 * run.ema[name] + 0.001 * p)
+
+
+@contextmanager
+def glibc_limits() -> Iterator[None]:
+    """What glibc does by itself, at the largest sizes that it learns to keep."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 32 << 20)
+    libc.mallopt(-1, 64 << 20)
+    yield
+    evaluate.keep_freed_memory()
 
 
 # -------------------------------------------------------------------------------------------------- measuring
 
 
-def seconds(call: Callable) -> float:
+def wait() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
+
+
+def seconds(call: Callable) -> float:
+    """Of the second of two calls: the first may have to get back the memory that the call before gave away."""
+    call()
+    wait()
     began = time.perf_counter()
     call()
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - began
 
 
 def medians(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taken in turns, so that a change of the machine's mood meets all of them."""
-    for call in calls.values():
-        call()
+    """Median seconds of each, taken in turns, so that a change of the machine's mood meets all of them. A call that
+    does not fit into the GPU's memory takes NaN."""
     taken = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            taken[name].append(seconds(call))
+            try:
+                taken[name].append(seconds(call))
+            except torch.OutOfMemoryError:
+                taken[name].append(float("nan"))
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of one large matrix product: the ceiling."""
-    n = 8192 if DEVICE.type == "cuda" else 1536
-    a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
-    return 2 * n**3 / medians({"": lambda: a @ b}, 5)[""]
+    """FLOP/s of one large matrix product, what MFU is measured against."""
+    n = 8192 if DEVICE.type == "cuda" else 2048
+    a, b, c = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(3))
+    return 2 * n**3 / medians({"": lambda: torch.mm(a, b, out=c)}, 5)[""]
 
 
-def flops(settings: dict, words: int) -> float:
-    """Of one forward pass of the encoder, products only; a training step is three times that."""
+@torch.inference_mode()
+def products(net: models.SimVG, batch: int, words: int, branch: str, dtype: torch.dtype) -> Callable:
+    """A call that does the products of the encoder's layers and nothing else: they leave no forward pass shorter."""
+    layers, heads = net.encoder.layers, net.encoder.layers[0].heads
+    patches, width = 1 + net.encoder.grid**2, net.encoder.text_embed.embedding_dim
+    todo, made = [], {}
+
+    def buffer(*shape: int) -> Tensor:
+        return made.setdefault(shape, torch.randn(*shape, device=DEVICE).to(dtype))
+
+    for layer in layers:
+        asked = 1 if branch == "token" and layer is layers[-1] else patches  # image rows that somebody reads
+        for expert, rows, read in ((layer.image, patches, asked), (layer.text, words, words)):
+            for name, n in {"k": rows, "v": rows, "q": read, "out": read, "fc1": read, "fc2": read}.items():
+                weight = getattr(expert, name).weight.detach().to(dtype)
+                x, y = (buffer(batch * n, size) for size in weight.shape[::-1])
+                todo.append(partial(torch.mm, x, weight.T, out=y))
+        (each, rows), size = (batch * heads, asked + words), width // heads
+        scores, k = buffer(each, rows, patches + words), buffer(each, size, patches + words)
+        todo.append(partial(torch.bmm, buffer(each, rows, size), k, out=scores))
+        todo.append(partial(torch.bmm, scores, k.transpose(1, 2), out=buffer(each, rows, size)))
+    return lambda: [one() for one in todo]
+
+
+def flops(settings: dict, words: int, branch: str = "both") -> float:
+    """Of one forward pass of the encoder, products only, without rows that nobody reads; a training step takes three
+    times as many."""
     width, ffn, layers = (settings[f"encoder_{name}"] for name in ("width", "ffn", "layers"))
     patches = (settings["image_size"] // settings["patch_size"]) ** 2
     tokens = 1 + patches + words
-    products = 2 * tokens * (4 * width**2 + 2 * width * ffn) + 4 * tokens**2 * width
-    return layers * products + 2 * patches * 3 * settings["patch_size"] ** 2 * width
+    a_row = 2 * (2 * width**2 + 2 * width * ffn) + 4 * tokens * width  # q, out, fc1, fc2; attention to all tokens
+    products = layers * tokens * (a_row + 4 * width**2)  # k and v
+    if branch == "token":
+        products -= patches * a_row
+    return products + 2 * patches * 3 * settings["patch_size"] ** 2 * width
 
 
 def example(settings: dict, batch: int, words: int = 20, targets: int = 1) -> data.Batch:
@@ -147,10 +229,10 @@ def example(settings: dict, batch: int, words: int = 20, targets: int = 1) -> da
     return data.Batch(images, tokens.masked_fill(pad, 1), pad, boxes, mask, list(range(batch))).to(DEVICE)
 
 
-def check_equal(model: models.SimVG, batch: data.Batch) -> None:
+def check_equal(net: models.SimVG, batch: data.Batch) -> None:
     with torch.inference_mode():
         for branch in ("both", "token"):
-            ours, plain = model(*batch[:3], branch), plain_forward(model, *batch[:3], branch)
+            ours, plain = net(*batch[:3], branch), plain_forward(net, *batch[:3], branch)
             worst = max((a - b).abs().max().item() for a, b in zip(ours, plain, strict=True) if a is not None)
             assert worst < 1e-4, worst
     print(f"outputs equal those of the baseline, largest difference {worst:.1e}")
@@ -159,43 +241,109 @@ def check_equal(model: models.SimVG, batch: data.Batch) -> None:
 # -------------------------------------------------------------------------------------------------- the tables
 
 
+class Table:
+    """Prints a row for each kind: against both baselines, the largest product and the products alone."""
+
+    def __init__(self, settings: dict):
+        self.settings = settings
+        self.rates = {name: product_rate(amp or torch.float32) for name, amp in PRECISIONS.items()}
+        print("one large product: " + ", ".join(f"{k} {v / 1e12:.2f} TFLOP/s" for k, v in self.rates.items()))
+        print(f"{'':46}{'ms':>9}{'samples/s':>11}{'x plain':>9}{'x bf16':>8}{'MFU':>6}{'products':>10}{'GB':>7}")
+
+    def rows(self, title: str, taken: dict, batch: int, work: float, alone: dict, peaks: dict) -> None:
+        """`work` FLOP a sample; `alone` seconds of the products in each precision, if known; `peaks` bytes."""
+        for name, time_taken in taken.items():
+            if time_taken != time_taken:
+                print(f"{title + ', ' + name:46} does not fit")
+                continue
+            precision = "bf16" if "bf16" in name else "fp32"
+            ratios = "".join(f"{taken[k] / time_taken:{n}.2f}" for k, n in (("plain fp32", 9), ("plain bf16", 8)))
+            share = f"{alone[precision] / time_taken:10.0%}" if alone else " " * 10
+            mfu = f"{batch * work / time_taken / self.rates[precision]:6.0%}"
+            memory = f"{peaks[name] / 1e9:7.1f}" if peaks else ""
+            speed = f"{1000 * time_taken:9.1f}{batch / time_taken:11.2f}"
+            print(f"{title + ', ' + name:46}{speed}{ratios}{mfu}{share}{memory}")
+
+
+def peak(call: Callable) -> float:
+    """Bytes of tensors at most, on a GPU."""
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        call()
+    except torch.OutOfMemoryError:
+        pass
+    return torch.cuda.max_memory_allocated()
+
+
 def model(size: str, batches: list[int], rounds: int) -> None:
     config = data.load_config(f"{CONFIGS}:refcoco{'-large' if size == 'large' else ''}")
     settings = config["model"]
     torch.manual_seed(0)
     net = models.SimVG(**settings).to(DEVICE).eval()
-    rates = {name: product_rate(amp or torch.float32) for name, amp in PRECISIONS.items()}
-    print(f"{size}, {settings['image_size']} px, {DEVICE}, {torch.get_num_threads()} threads")
-    print("largest product: " + ", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items()))
+    print(f"\n{size}, {settings['image_size']} px, {DEVICE}, {torch.get_num_threads()} threads")
     check_equal(net, example(settings, 2))
-    print(f"{'':40}{'ms':>10}{'samples/s':>12}{'x plain':>9}{'of ceiling':>12}")
+    table = Table(settings)
     for batch in batches:
-        inputs = example(settings, batch)[:3]
         for branch in ("token", "decoder"):
-            calls = {"plain fp32": partial(plain_forward, net, *inputs, branch)}
-            calls |= {name: partial(net, *inputs, branch, amp) for name, amp in PRECISIONS.items()}
-            with torch.inference_mode():
-                report(f"{branch} branch, batch {batch}", medians(calls, rounds), batch, flops(settings, 20), rates)
-    del net, calls
+            forward(table, net, batch, branch, rounds)
+        end_to_end(table, net, batch, rounds)
+    del net
     for batch in batches:
-        steps(config, batch, rounds, rates)
+        steps(table, config, batch, rounds)
 
 
-def steps(config: dict, batch: int, rounds: int, rates: dict[str, float]) -> None:
-    """Training steps with averaged weights; one kind after the other, since three optimisers need much memory."""
-    inputs, config, taken = example(config["model"], batch), copy.deepcopy(config), {}
+@torch.inference_mode()
+def forward(table: Table, net: models.SimVG, batch: int, branch: str, rounds: int) -> None:
+    inputs = *example(table.settings, batch)[:3], branch
+    calls = {f"plain {name}": partial(plain_forward, net, *inputs, amp) for name, amp in PRECISIONS.items()}
+    calls |= {"fp32": partial(net, *inputs), "bf16": partial(in_16_bits(net), *inputs, torch.bfloat16)}
+    if DEVICE.type == "cuda":
+        calls["bf16 compiled"] = partial(compiled(in_16_bits(net)), *inputs, torch.bfloat16)
+    alone = {n: products(net, batch, 20, branch, amp or torch.float32) for n, amp in PRECISIONS.items()}
+    peaks = {name: peak(call) for name, call in calls.items()} if DEVICE.type == "cuda" else {}
+    taken, work = medians(calls, rounds), flops(table.settings, 20, branch)
+    table.rows(f"{branch} branch, batch {batch}", taken, batch, work, medians(alone, rounds), peaks)
+
+
+def in_16_bits(net: models.SimVG) -> models.SimVG:
+    net = copy.deepcopy(net)
+    models.keep_in_16_bits(net, torch.bfloat16)
+    return net
+
+
+def compiled(net: models.SimVG) -> models.SimVG:
+    for layer in net.encoder.layers:
+        layer.compile()
+    return net
+
+
+def steps(table: Table, config: dict, batch: int, rounds: int) -> None:
+    """Training steps with averaged weights; one kind after the other, since several optimisers need much memory."""
+    inputs, config, taken, peaks = example(config["model"], batch), copy.deepcopy(config), {}, {}
     config["train"] |= {"batch_size": batch, "micro_batch": batch, "ema": True}
-    for name in ("plain fp32", *PRECISIONS):
-        config["train"]["amp"] = "bf16" if name == "bf16" else ""
-        run = train.build(config, Path("."), 0, 1, DEVICE)
-        run.ema |= {n: p.detach().clone() for n, p in run.model.named_parameters()}
-        run.model.train()
-        if name == "plain fp32":
-            run.optimizer = torch.optim.Adam(run.model.parameters(), 1e-5, (0.9, 0.98), 1e-9, amsgrad=True)
-        step = partial(plain_step if name == "plain fp32" else our_step, run, inputs)
-        taken |= medians({name: step}, rounds)
+    for kind in KINDS:
+        run = build(config, "bf16" if "bf16" in kind else "", "compiled" in kind)
+        if kind.startswith("plain"):
+            run.optimizer = plain_adam(run.model)
+        step = partial(plain_step if kind.startswith("plain") else our_step, run, inputs)
+        if DEVICE.type == "cuda":
+            peaks[kind] = peak(step)
+        taken |= medians({kind: step}, rounds)
         del run, step
-    report(f"training step, batch {batch}", taken, batch, 3 * flops(config["model"], 20), rates)
+    table.rows(f"training step, batch {batch}", taken, batch, 3 * flops(config["model"], 20, "both"), {}, peaks)
+
+
+def build(config: dict, amp: str, compiled: bool = False) -> train.Run:
+    config = copy.deepcopy(config)
+    config["train"] |= {"amp": amp, "compile": compiled}
+    run = train.build(config, Path("."), 0, 1, DEVICE)
+    run.ema |= {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.model.train()
+    return run
+
+
+def plain_adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), 1e-5, (0.9, 0.98), 1e-9, amsgrad=True)
 
 
 def our_step(run: train.Run, batch: data.Batch) -> None:
@@ -203,11 +351,100 @@ def our_step(run: train.Run, batch: data.Batch) -> None:
     train.update_ema(run.ema, run.model, 0.999, 100_000)
 
 
-def report(title: str, taken: dict[str, float], batch: int, work: float, rates: dict[str, float]) -> None:
-    for name, time_taken in taken.items():
-        ceiling = batch * work / time_taken / rates[name.removeprefix("plain ")]
-        figures = f"{1000 * time_taken:10.1f}{batch / time_taken:12.2f}{taken['plain fp32'] / time_taken:9.2f}"
-        print(f"{title + ', ' + name:40}{figures}{ceiling:12.0%}")
+def end_to_end(table: Table, net: models.SimVG, batch: int, rounds: int) -> None:
+    """From JPEGs to counted answers of the token branch, as `evaluate.py` does it and in the usual way."""
+    size, workers = table.settings["image_size"], 0 if DEVICE.type == "cpu" else 8
+    with tempfile.TemporaryDirectory() as folder:
+        rows = photo_rows(folder)[:16] if DEVICE.type == "cpu" else photo_rows(folder) * max(1, batch // 8)
+        dataset = data.Dataset(rows, size)
+
+        def collate(examples: list) -> data.Batch:
+            random = example(table.settings, len(examples)).to(torch.device("cpu"))
+            return random._replace(images=torch.stack([e[0] for e in examples]), index=[e[3] for e in examples])
+
+        def plain(amp: torch.dtype | None) -> None:
+            keys = [[(0, i) for i in range(s, min(s + batch, len(rows)))] for s in range(0, len(rows), batch)]
+            random = example(table.settings, batch)
+            for images in torch.utils.data.DataLoader(PlainLoader(rows, size), None, sampler=keys, num_workers=workers):
+                x = random._replace(images=images.to(DEVICE))
+                output = plain_forward(net, *(each[: len(images)] for each in x[:3]), "both", amp)
+                for i in range(len(images)):
+                    evaluate.results(output[2][i : i + 1], output[3][i : i + 1], x.boxes[:1], x.box_mask[:1], size)
+
+        nets = {None: net, torch.bfloat16: in_16_bits(net)}
+        calls = {f"plain {name}": partial(plain, amp) for name, amp in PRECISIONS.items()}
+        for name, amp in PRECISIONS.items():
+            calls[name] = partial(evaluate.evaluate, nets[amp], dataset, collate, "token", batch, workers, amp)
+        with torch.inference_mode():
+            taken = medians(calls, max(1, rounds // 2))
+        work = flops(table.settings, 20, "token")
+        table.rows(f"evaluation of JPEGs, batch {batch}", taken, len(rows), work, {}, {})
+
+
+def kernels(size: str, batch: int) -> None:
+    """The five operations that a training step in bf16 spends most time in."""
+    config = data.load_config(f"{CONFIGS}:refcoco{'-large' if size == 'large' else ''}")
+    config["train"] |= {"batch_size": batch, "micro_batch": batch}
+    run, inputs = build(config, "bf16"), example(config["model"], batch)
+    our_step(run, inputs)
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE.type == "cuda")
+    with profile(activities=kinds) as seen:
+        our_step(run, inputs)
+        wait()
+    order = "self_cpu_time_total" if DEVICE.type == "cpu" else "self_device_time_total"
+    print(seen.key_averages().table(sort_by=order, row_limit=5, max_name_column_width=60))
+
+
+# ---- parts
+
+
+def ladder(net: models.SimVG) -> dict[str, Callable]:
+    """The encoder from the plain one to ours, an optimisation a rung; all without glibc's own limits."""
+    plain, ours = partial(plain_encoder, net.encoder), net.encoder.forward
+    fused = {"attention": F.scaled_dot_product_attention}
+    return {
+        "freed memory is kept": plain,
+        "attention in one kernel": partial(plain, **fused),
+        "GELU in the precision it comes in": partial(plain, **fused, gelu=F.gelu),
+        "split and joined once a layer": lambda *x, object_only: ours(*x),
+        "last layer: only rows that are read": ours,
+    }
+
+
+def parts(rounds: int) -> None:
+    """What each optimisation gains over the one before."""
+    config = data.load_config(f"{CONFIGS}:refcoco")
+    torch.manual_seed(0)
+    net = models.SimVG(**config["model"]).to(DEVICE).eval()
+    with torch.inference_mode():
+        for batch in (1, 8) if DEVICE.type == "cpu" else (1, 32):
+            inputs = *example(config["model"], batch)[:3], "token"
+            for name, amp in PRECISIONS.items():
+                calls = {"plain": partial(plain_forward, net, *inputs, amp)}
+                calls |= {n: partial(with_encoder, net, e, *inputs, amp) for n, e in ladder(net).items()}
+                if amp:
+                    calls["weights kept in 16 bits"] = partial(in_16_bits(net), *inputs, amp)
+                gains(f"token branch, batch {batch}, {name}", medians(calls, rounds))
+    del net, calls
+    inputs = example(config["model"], 2 if DEVICE.type == "cpu" else 32)
+    for name in PRECISIONS:
+        run = build(config, name.removeprefix("fp32"))
+        run.optimizer, ours = plain_adam(run.model), run.optimizer
+        encoders = {"plain": None} | ladder(run.model)
+        del encoders["last layer: only rows that are read"]  # in training all are
+        taken = medians({n: partial(plain_step, run, inputs, e) for n, e in encoders.items()}, rounds)
+        run.optimizer = ours
+        taken |= medians({"Adam in one kernel, averages in another": partial(our_step, run, inputs)}, rounds)
+        gains(f"training step, batch {len(inputs.index)}, {name}", taken)
+        del run, ours, encoders
+
+
+def gains(title: str, taken: dict[str, float]) -> None:
+    print(f"\n{title:46}{'ms':>9}{'gain':>8}")
+    before = next(iter(taken.values()))
+    for name, now in taken.items():
+        print(f"{name:46}{1000 * now:9.1f}" + (f"{before / now - 1:8.1%}" if before != now else ""))
+        before = now
 
 
 # ---- losses
@@ -259,8 +496,8 @@ def matching(batch: int = 32, queries: int = 10, layers: int = 3, rounds: int = 
 # ---- growth
 
 
-def growth(rounds: int = 3) -> None:
-    """The token branch of base in fp32, one thing changed at a time."""
+def growth(rounds: int) -> None:
+    """The decoder branch of base in fp32, one thing changed at a time; then the loader."""
     settings = data.load_config(f"{CONFIGS}:refcoco")["model"]
     changes = [("batch", b) for b in (1, 2, 4, 8, 16, 32, 64)] + [("image", s) for s in (320, 448, 640, 832, 1024)]
     changes += [("text", n) for n in (20, 40, 64)] + [("queries", q) for q in (1, 10, 50)]
@@ -273,10 +510,15 @@ def growth(rounds: int = 3) -> None:
         net = models.SimVG(**own).to(DEVICE).eval()
         with torch.inference_mode():
             call = partial(net, *example(own, batch, words)[:3], "decoder")
-            taken = medians({"": call}, rounds)[""] / batch
+            taken = medians({"": call}, 1 if batch > 8 else rounds)[""] / batch
         time_0, work_0 = first.setdefault(name, (taken, flops(own, words)))
         more, work = taken / time_0, flops(own, words) / work_0
         print(f"{name + ' ' + str(value):16}{1000 * taken:14.1f}{more:14.2f}{more / work:16.2f}")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = photo_rows(folder)
+        for workers in (0, 1, 2):
+            each = 1000 / rate(our_batches(rows, None, workers), LOADED)
+            print(f"{f'workers {workers}':16}{each:14.1f}{each / first.setdefault('workers', (each, 1))[0]:14.2f}")
 
 
 # ---- loader
@@ -295,6 +537,12 @@ def photos(folder: Path, count: int = 32) -> list[dict]:
         row = {"image": f"{i}.jpg", "expressions": ["the left one"], "boxes": [[50, 60, 200, 300]]}
         rows.append({**row, "width": 640, "height": 480})
     return rows
+
+
+def photo_rows(folder: str, size: int = 640) -> list[data.Row]:
+    (Path(folder) / "train.jsonl").write_text("\n".join(map(json.dumps, photos(Path(folder)))))
+    section = {"annotations": f"{folder}/{{split}}.jsonl", "images": folder, "sources": {}}
+    return data.read_rows(section, "train")
 
 
 class PlainLoader:
@@ -323,28 +571,33 @@ def rate(loader, images: int) -> float:
     return batches * images / (time.perf_counter() - began)
 
 
-def loader(size: int = 640, batch: int = 16, steps: int = 24) -> None:
+LOADED, STEPS, SIZE = 16, 24, 640  # pictures a batch, batches, pixels
+
+
+def loader_keys(rows: list) -> list:
+    return [[(0, (s * LOADED + i) % len(rows)) for i in range(LOADED)] for s in range(STEPS)]
+
+
+def our_batches(rows: list, jitter: tuple | None, workers: int = 1) -> Iterator:
+    def collate(examples: list) -> data.Batch:
+        return data.Batch(torch.stack([e[0] for e in examples]), *[torch.zeros(1)] * 4, [e[3] for e in examples])
+
+    return data.batches(data.Dataset(rows, SIZE, jitter=jitter), collate, loader_keys(rows), workers)
+
+
+def loader() -> None:
     """The main process only receives; so this is what one worker process can feed."""
     with tempfile.TemporaryDirectory() as folder:
-        rows = photos(Path(folder))
-        kilobytes = sum(path.stat().st_size for path in Path(folder).iterdir()) / len(rows) / 1000
-        (Path(folder) / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        section = {"annotations": f"{folder}/{{split}}.jsonl", "images": folder, "sources": {}}
-        rows = data.read_rows(section, "train")
-        keys = [[(0, (s * batch + i) % len(rows)) for i in range(batch)] for s in range(steps)]
-
-        def collate(examples: list) -> data.Batch:
-            return data.Batch(torch.stack([e[0] for e in examples]), *[torch.zeros(1)] * 4, [e[3] for e in examples])
-
-        def ours(jitter: tuple | None) -> float:
-            return rate(data.batches(data.Dataset(rows, size, jitter=jitter), collate, keys, workers=1), batch)
+        rows = photo_rows(folder)
+        kilobytes = sum(path.stat().st_size for path in Path(folder).glob("*.jpg")) / len(rows) / 1000
+        options = {"sampler": loader_keys(rows), "batch_size": None, "num_workers": 1, "prefetch_factor": 4}
 
         def plain() -> float:
-            options = {"sampler": keys, "batch_size": None, "num_workers": 1, "prefetch_factor": 4}
-            return rate(torch.utils.data.DataLoader(PlainLoader(rows, size), **options), batch)
+            return rate(torch.utils.data.DataLoader(PlainLoader(rows, SIZE), **options), LOADED)
 
-        print(f"JPEG 640 x 480, {kilobytes:.0f} kB each, to batches of {batch} at {size} px, one worker process")
-        rounds = [(plain(), ours(None), ours((0.3, 1.4))) for _ in range(3)]
+        print(f"JPEG 640 x 480, {kilobytes:.0f} kB each, to batches of {LOADED} at {SIZE} px, one worker process")
+        ours = partial(our_batches, rows)
+        rounds = [(plain(), rate(ours(None), LOADED), rate(ours((0.3, 1.4)), LOADED)) for _ in range(3)]
     base, whole, jittered = np.median(rounds, axis=0)
     for name, value in (("plain, float32", base), ("here", whole), ("here, with jitter", jittered)):
         print(f"{name:20} {value:6.0f} images/s {value / base:6.2f} x, 1,000 images/s need {1000 / value:.1f} workers")
@@ -352,13 +605,20 @@ def loader(size: int = 640, batch: int = 16, steps: int = 24) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["loader", "model", "losses", "growth"])
-    parser.add_argument("--size", choices=["base", "large"], default="base")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8] if DEVICE.type == "cpu" else [1, 32])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("what", choices=["model", "parts", "losses", "growth", "loader"])
+    parser.add_argument("--size", nargs="+", choices=["base", "large"], default=["base", "large"])
+    parser.add_argument("--batch", nargs="+", type=int, help="default: 1 8; large on a CPU 1; on a GPU 1 32 ... 512")
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    evaluate.join_ranks()  # the settings of the programs
     if args.what == "model":
-        evaluate.join_ranks()  # the settings of the programs
-        model(args.size, args.batch, args.rounds)
+        for size in args.size:
+            usual = [1, 32, 64, 128, 256, 512] if DEVICE.type == "cuda" else [1, 8] if size == "base" else [1]
+            model(size, args.batch or usual, args.rounds)
+            kernels(size, min(args.batch or usual, key=lambda b: abs(b - 32)) if DEVICE.type == "cuda" else 1)
+    elif args.what == "losses":
+        matching()
+    elif args.what == "loader":
+        loader()
     else:
-        {"loader": loader, "losses": matching, "growth": growth}[args.what]()
+        {"parts": parts, "growth": growth}[args.what](args.rounds)
