@@ -56,7 +56,7 @@ class MultiwayLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """image (B, 1+N, D), text (B, L, D), readable (B, 1, 1, 1+N+L) bool -> the updated image and text.
 
-        `keep` (2, B, 1, 1) scales what attention and feed-forward add, see `BEiT3.drop_path`. With `object_only` the
+        `keep` (2, B, 1, 1) scales what attention and feed-forward add, see `BEiT3.keep_factors`. With `object_only` the
         patches are still read, but only the object token's row is updated: (B, 1, D).
         """
         h_image, h_text = self.image.attn_norm(image), self.text.attn_norm(text)
@@ -74,6 +74,14 @@ class MultiwayLayer(nn.Module):
         image = _add(image, self.image.feed_forward(image), keep, 1)
         return image, _add(text, self.text.feed_forward(text), keep, 1)
 
+    def attention_map(self, image: Tensor, text: Tensor, readable: Tensor) -> Tensor:
+        """Where each token looks in this layer, for pictures: (B, T, T), rows add up to 1, the mean of the heads."""
+        h_image, h_text = self.image.attn_norm(image), self.text.attn_norm(text)
+        q = self._join(self.image.q(h_image), self.text.q(h_text))  # (B, H, T, D/H)
+        k = self._join(self.image.k(h_image), self.text.k(h_text))
+        scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5  # (B, H, T, T)
+        return scores.masked_fill(~readable, -torch.inf).softmax(-1).mean(1)
+
     def _join(self, image: Tensor, text: Tensor) -> Tensor:
         joined = torch.cat([image, text], dim=1)  # (B, 1+N+L, D)
         return joined.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, 1+N+L, D/H)
@@ -84,6 +92,8 @@ def _add(x: Tensor, change: Tensor, keep: Tensor | None, half: int) -> Tensor:
 
 
 class BEiT3(nn.Module):
+    """See the head of this file; `drop_path` is the rate of the last layer."""
+
     def __init__(
         self, image_size: int, patch: int, vocab: int, width: int, layers: int, heads: int, ffn: int, drop_path: float
     ):
@@ -96,7 +106,9 @@ class BEiT3(nn.Module):
         self.text_positions = nn.Parameter(torch.empty(TEXT_POSITIONS, width))
         self.layers = nn.ModuleList(MultiwayLayer(width, heads, ffn) for _ in range(layers))
         # grows from 0 in the first layer to its full rate in the last; for `large` that is 0 (D10)
-        self.drop_rates = [drop_path * i / max(layers - 1, 1) for i in range(layers)]
+        rates = torch.tensor([drop_path * i / max(layers - 1, 1) for i in range(layers)])
+        self.register_buffer("drop_rates", rates, persistent=False)
+        self.drops = drop_path > 0
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.checkpointing = False  # keep only each layer's input for its gradient, and compute the rest once more
         self.reset_parameters()
@@ -119,12 +131,8 @@ class BEiT3(nn.Module):
         self, images: Tensor, tokens: Tensor, text_pad: Tensor, object_only: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See the head of this file. With `object_only` the image tokens come back empty, (B, 0, D)."""
-        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
-        image = torch.cat([self.object_token.expand(len(images), -1, -1), patches], dim=1) + self.image_positions
-        text = self.text_embed(tokens) + self.text_positions[: tokens.shape[1]]  # (B, L, D)
-        text = text.masked_fill(text_pad[..., None], 0)
-        readable = F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, 1+N+L)
-        keep = self.drop_path(images)
+        image, text, readable = self.embed(images, tokens, text_pad)
+        keep = self.keep_factors(len(images))
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
             inputs = image, text, readable, None if keep is None else keep[i], object_only and last
@@ -135,13 +143,32 @@ class BEiT3(nn.Module):
         image, text = self.image_norm(image), self.text_norm(text)
         return image[:, 0], image[:, 1:], text
 
-    def drop_path(self, images: Tensor) -> Tensor | None:
-        """In training (layers, 2, B, 1, 1): 0 for the samples whose residual branch is skipped, else 1 / probability
-        to keep it. Drawn out here, since numbers that differ from layer to layer would have each compiled by itself."""
-        if not self.training or self.drop_rates[-1] == 0:
+    def embed(self, images: Tensor, tokens: Tensor, text_pad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Eq. 1: image (B, 1+N, D), text (B, L, D), and readable (B, 1, 1, 1+N+L), which is False for padding."""
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
+        image = torch.cat([self.object_token.expand(len(images), -1, -1), patches], dim=1) + self.image_positions
+        text = self.text_embed(tokens) + self.text_positions[: tokens.shape[1]]  # (B, L, D)
+        text = text.masked_fill(text_pad[..., None], 0)
+        readable = F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, 1+N+L)
+        return image, text, readable
+
+    def attention_maps(self, images: Tensor, tokens: Tensor, text_pad: Tensor) -> Tensor:
+        """Where each token looks in every layer, for pictures: (layers, B, T, T), T = 1+N+L, padding included."""
+        image, text, readable = self.embed(images, tokens, text_pad)
+        maps = []
+        for layer in self.layers:
+            maps.append(layer.attention_map(image, text, readable))
+            image, text = layer(image, text, readable)
+        return torch.stack(maps)
+
+    def keep_factors(self, batch: int) -> Tensor | None:
+        """Drop path. In training (layers, 2, B, 1, 1): 0 for the samples whose residual branch is skipped, else
+        1 / probability to keep it. Drawn out here, since numbers that differ from layer to layer would have each
+        compiled by itself."""
+        if not self.training or not self.drops:
             return None
-        keep = 1 - torch.tensor(self.drop_rates, device=images.device)[:, None, None, None, None]
-        return torch.bernoulli(keep.expand(-1, 2, len(images), 1, 1)) / keep
+        keep = 1 - self.drop_rates[:, None, None, None, None]
+        return torch.bernoulli(keep.expand(-1, 2, batch, 1, 1)) / keep
 
 
 def sine_1d(length: int, width: int, one_frequency: bool = False) -> Tensor:

@@ -1,10 +1,15 @@
 """Everything that is read from the user's disk: configs, annotations, images, text; and the embedded shapes set.
 
     row  {"image", "expressions", "boxes"} of a JSON Lines file, or an official instances.json
-      -> Row -> Example (uint8 image, expression, boxes) -> augment, resize -> Batch (padded tensors)
+      -> Row -> an example (uint8 image, expression, boxes) -> augment, resize -> Batch (padded tensors)
 
 Whatever is drawn at random is a function of (seed, epoch, index), so that ranks, workers and restarts change nothing.
 """
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is being imported; `data.run` sees to it from then on
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import difflib
@@ -53,6 +58,7 @@ class InputError(ValueError):
 
 def run(main: Callable[[], None]) -> None:
     """Run a program's main: one line and exit status 2 for bad input, no traceback on Ctrl-C or for a lost rank."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except InputError as error:
@@ -70,6 +76,18 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"{Path(sys.argv[0]).name}: rank {os.environ.get('RANK')}: another rank is gone", file=sys.stderr)
         sys.exit(1)
+
+
+def parse(parser: argparse.ArgumentParser, jobs: Sequence[argparse.ArgumentParser] = ()) -> argparse.Namespace:
+    """The command line; a mistyped option is met with the nearest right one. `jobs`: the subparsers."""
+    known = {option for each in (parser, *jobs) for option in re.findall(r"--[\w-]+", each.format_help())}
+    for word in sys.argv[1:]:
+        if word == "--":
+            break
+        name = word.partition("=")[0]
+        if name.startswith("--") and not any(option.startswith(name) for option in known):
+            parser.error(f"there is no {name}, {nearest(name, sorted(known))}")
+    return parser.parse_args()
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -157,6 +175,16 @@ class Row:
     size: tuple[int, int] | None  # width, height, where the annotation states them
     kind: str  # a label to report accuracy by, may be empty
     where: str  # "file:line", for messages
+
+    @property
+    def expression(self) -> str:
+        """The only one, after `expand`."""
+        return self.choices[0][0]
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """Its boxes, xywh pixels."""
+        return self.choices[0][1]
 
 
 def read_rows(data: dict, split: str) -> list[Row]:
@@ -346,7 +374,7 @@ def image_faults(rows: Sequence[Row], depth: str) -> list[InputError]:
                 return InputError(f"{group[0].where}: there is no image {group[0].image}")
             for row in {row.size: row for row in group}.values() if depth != "names" else ():
                 with open_image(row.image, row.size, row.where) as file:
-                    upright = _upright_size(file)
+                    upright = upright_size(file)
                 if depth == "pixels":
                     read_image(row.image, row.size, row.where)
             for row in group if depth != "names" else ():
@@ -395,6 +423,12 @@ class Tokenizer:
             row[: len(ids)] = torch.tensor(ids)
         return tokens, tokens == 1
 
+    def pieces(self, text: str, max_tokens: int = 20) -> list[str]:
+        """What stands between <s> and </s>, as text."""
+        return [piece.replace("\u2581", " ").strip() for piece in self.model.encode(clean(text), out_type=str)][
+            : max_tokens - 2
+        ]
+
 
 # ------------------------------------------------------------------------------------------------------ images
 
@@ -405,7 +439,7 @@ def open_image(path: str, size: tuple[int, int] | None = None, where: str = "") 
     try:
         file = Image.open(path)
         too_large = file.width * file.height > MAX_PIXELS
-        upright = file.size if too_large else _upright_size(file)
+        upright = file.size if too_large else upright_size(file)
     except Exception as error:  # Pillow's readers raise whatever a damaged header makes them stumble over
         raise InputError(f"{where}: cannot read the image {path}: {_fault(error)}") from None
     if too_large:
@@ -415,7 +449,7 @@ def open_image(path: str, size: tuple[int, int] | None = None, where: str = "") 
     return file
 
 
-def _upright_size(file: Image.Image) -> tuple[int, int]:
+def upright_size(file: Image.Image) -> tuple[int, int]:
     if file.format == "PNG":  # may have its EXIF behind the pixels, which would all be decoded for it: not looked at
         return file.size
     return file.size[:: -1 if file.getexif().get(ORIENTATION, 1) >= 5 else 1]  # from 5 on: turned by a quarter
@@ -430,7 +464,7 @@ def read_image(path: str, size: tuple[int, int] | None = None, where: str = "") 
     it lies on disk: then its boxes were drawn there (D13)."""
     with open_image(path, size, where) as file:
         try:
-            if file.format != "PNG" and (not size or size == _upright_size(file)):
+            if file.format != "PNG" and (not size or size == upright_size(file)):
                 ImageOps.exif_transpose(file, in_place=True)
             image = file
             if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 255
@@ -522,7 +556,7 @@ def clip_boxes(xywh: Sequence[Box], width: int, height: int) -> Tensor:
 
 
 class Collate:
-    """A list of examples -> Batch; an InputError in a worker process travels as a value and keeps its one line."""
+    """A list of examples -> Batch."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
@@ -538,7 +572,7 @@ class Collate:
 
 
 class _Guarded:
-    """Fetches whole batches, so that an InputError comes back as a value (see `batches`)."""
+    """Fetches whole batches; an InputError in a worker process travels as a value and so keeps its one line."""
 
     def __init__(self, dataset: Dataset, collate: Collate):
         self.dataset, self.collate = dataset, collate
@@ -634,11 +668,11 @@ def show(config: dict, split: str, number: int, path: str) -> None:
     )
     pictures = []
     for i, row in enumerate(tqdm(rows, desc="drawing", disable=None, leave=False)):
-        image, (expression, xywh) = read_image(row.image, row.size, row.where), row.choices[0]
+        image = read_image(row.image, row.size, row.where)
         height, width = image.shape[1:]
-        boxes = clip_boxes(xywh, width, height) / torch.tensor([width, height, width, height])
+        boxes = clip_boxes(row.boxes, width, height) / torch.tensor([width, height, width, height])
         seen, _, moved, _ = dataset[0, i]
-        pictures.append(draw(image, {"truth": boxes}, expression))
+        pictures.append(draw(image, {"truth": boxes}, row.expression))
         pictures.append(draw(seen, {"truth": box_convert(moved, "cxcywh", "xyxy")}, os.path.basename(row.image)))
     tile(pictures, path, columns=6)
     print(f"{path}: {len(rows)} examples of {split}, each before and after augmentation and resizing")
@@ -1153,13 +1187,24 @@ def main() -> None:
         show(config, args.split, args.n, args.save)
 
 
+CONVERT = """Annotations of other projects, checked row by row, to JSON Lines, one file a split. The layout is told by
+name and content: refer's refs(*).p and gRefCOCO's grefs(*).json (with instances.json beside them), MDETR's
+finetune_*.json, TransVG's *.pth, SeqTR's instances.json, and the flat lines or lists of Qwen-VL, InternVL, Shikra,
+VLM-R1, ReCLIP and this project."""
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Annotations: convert other layouts, check them, look at them.")
     jobs = parser.add_subparsers(dest="job", required=True, metavar="convert | check | show")
-    job = jobs.add_parser("convert", help="other layouts to JSON Lines", description=read_foreign.__doc__)
+    job = jobs.add_parser("convert", help="other layouts to JSON Lines", description=CONVERT)
     job.add_argument("sources", nargs="+", metavar="FILE", help="annotation files, told apart by name and content")
     job.add_argument("--to", required=True, metavar="PATTERN", help="such as data/annotations/mine/{split}.jsonl")
-    job.add_argument("--published", choices=PUBLISHED, help="compare with this set's published sizes")
+    job.add_argument(
+        "--published",
+        choices=PUBLISHED,
+        metavar="SET",
+        help=f"compare sizes with those published: {', '.join(PUBLISHED)}",
+    )
     with_config = argparse.ArgumentParser(add_help=False)
     with_config.add_argument("--config", required=True, metavar="FILE:NAME", help="such as configs.json:refcoco")
     with_config.add_argument(
@@ -1169,10 +1214,10 @@ def parse_arguments() -> argparse.Namespace:
     job.add_argument("--split", nargs="+", metavar="NAME", help="default: train and those the config evaluates")
     job.add_argument("--images", action="store_true", help="also decode every image")
     job = jobs.add_parser("show", parents=[with_config], help="a page of examples before and after augmentation")
-    job.add_argument("--split", default="train", metavar="NAME")
-    job.add_argument("-n", type=int, default=16, help="number of examples")
-    job.add_argument("--save", default="examples.png", metavar="FILE")
-    return parser.parse_args()
+    job.add_argument("--split", default="train", metavar="NAME", help="default: train")
+    job.add_argument("-n", type=int, default=16, help="number of examples (default: 16)")
+    job.add_argument("--save", default="examples.png", metavar="FILE", help="default: examples.png")
+    return parse(parser, list(jobs.choices.values()))
 
 
 if __name__ == "__main__":

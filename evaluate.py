@@ -1,15 +1,25 @@
-"""Metrics, evaluation on any number of ranks, grounding one phrase in one image, and pictures.
+"""Metrics, evaluation on any number of ranks, grounding phrases in one image, pictures, attention maps, reports.
 
     python evaluate.py --ckpt runs/shapes/best.pt                             # every split of the checkpoint's config
     python evaluate.py --ckpt best.pt --image photo.jpg --text "the left dog" # box and score, and a picture
+    python evaluate.py --ckpt best.pt --report report.html                    # and a page to browse the answers
+    python evaluate.py --ckpt best.pt --attention --split test                # where tokens look
 
 REC (one query): Acc@0.5, the share of expressions whose box has an IoU of at least 0.5 with the truth.
 gREC (several queries): Precision@(F1=1, IoU>=0.5) over all expressions, and N-acc over those without a target.
 Everything is counted per expression and divided once, so that batches and ranks change nothing (D9).
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is being imported; `data.run` sees to it from then on
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
+import base64
 import ctypes
+import functools
+import io
 import json
 import os
 import sys
@@ -20,9 +30,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.ops import box_convert, clip_boxes_to_image, generalized_box_iou
+from torchvision.ops import box_convert, box_iou, clip_boxes_to_image, generalized_box_iou
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import data
@@ -65,7 +77,8 @@ class Result(NamedTuple):
     """What one branch answered to one expression."""
 
     correct: bool
-    scores: Tensor  # (n,) of the boxes answered: in REC the best one, in gREC those from the threshold on
+    answered: int  # the first so many boxes are the answer: in REC the only one, in gREC those from the threshold on
+    scores: Tensor  # (n,) best first
     boxes: Tensor  # (n, 4) xyxy in 0..1
 
 
@@ -77,14 +90,14 @@ def results(logits: Tensor, boxes: Tensor, truth: Tensor, truth_mask: Tensor, si
     if boxes.shape[1] == 1:
         # REC has one target; the mixed sets may state several, then the first counts
         correct = rec_correct(answers[:, 0] * size, truth[:, 0] * size) & truth_mask[:, 0]
-        return [Result(bool(c), s, b) for c, s, b in zip(correct, scores.cpu(), answers.cpu(), strict=True)]
+        return [Result(bool(c), 1, s, b) for c, s, b in zip(correct, scores.cpu(), answers.cpu(), strict=True)]
     found = []
     for s, b, t, mask in zip(scores.cpu(), answers.cpu(), truth.cpu(), truth_mask.cpu(), strict=True):
         solid = (b[:, 2:] > b[:, :2]).all(1)  # boxes clipped away count as not answered
-        s, b = s[solid], b[solid]
+        s, order = s[solid].sort(descending=True)
+        b = b[solid][order]
         correct = grec_correct(s, b * size, t[mask] * size)
-        kept = s.double() >= THRESHOLD
-        found.append(Result(correct, s[kept], b[kept]))
+        found.append(Result(correct, int((s.double() >= THRESHOLD).sum()), s, b))
     return found
 
 
@@ -137,18 +150,16 @@ def answered(
 ) -> dict[int, dict[str, Result]]:
     """{example: {branch: Result}} of one batch."""
     output = model(batch.images, batch.tokens, batch.text_pad, branch, amp)
-    answers = {}
-    if branch != "token":
-        answers["decoder"] = output.decoder_logits[-1], output.decoder_boxes[-1]
-    if branch != "decoder":
-        answers["token"] = output.token_logits, output.token_boxes
-    each = {name: results(*x, batch.boxes, batch.box_mask, model.image_size) for name, x in answers.items()}
-    return {index: {name: listed[i] for name, listed in each.items()} for i, index in enumerate(batch.index)}
+    branches = {
+        name: results(*answer, batch.boxes, batch.box_mask, model.image_size)
+        for name, answer in output.answers().items()
+    }
+    return {index: {name: each[i] for name, each in branches.items()} for i, index in enumerate(batch.index)}
 
 
 def summary(found: Sequence[dict[str, Result]], rows: Sequence[data.Row], grec: bool) -> dict[str, float]:
     """The figures of a split: n, {branch}_acc, or n, n_none, {branch}_f1, {branch}_nacc for gREC."""
-    none = [not row.choices[0][1] for row in rows]
+    none = [not row.boxes for row in rows]
     figures: dict[str, float] = {"n": len(rows)}
     if grec:
         figures["n_none"] = sum(none)
@@ -161,10 +172,10 @@ def summary(found: Sequence[dict[str, Result]], rows: Sequence[data.Row], grec: 
 
 
 def by_kind(found: Sequence[dict[str, Result]], rows: Sequence[data.Row]) -> dict[str, dict[str, float]]:
-    """kind -> {"n", branch: share of correct answers}, for rows that state a `kind`."""
+    """kind -> {"n", branch: share of correct answers}: by the rows' `kind` and by their number of targets."""
     kinds: dict[str, list] = {}
     for result, row in zip(found, rows, strict=True):
-        count = ("no target", "one target")[len(row.choices[0][1])] if len(row.choices[0][1]) < 2 else "several targets"
+        count = ("no target", "one target", "several targets")[min(len(row.boxes), 2)]
         for kind in filter(None, (row.kind, count)):
             kinds.setdefault(kind, []).append(result)
     if len(kinds) < 2:
@@ -181,7 +192,7 @@ def mean_box_accuracy(train: Sequence[data.Row], rows: Sequence[data.Row]) -> fl
 
     def boxes(some: Sequence[data.Row]) -> Tensor:  # (n, 4) cxcywh in 0..1
         scaled = [
-            [v / s for v, s in zip(box, row.size * 2, strict=True)] for row in some for box in row.choices[0][1][:1]
+            [v / s for v, s in zip(box, (*row.size, *row.size), strict=True)] for row in some for box in row.boxes[:1]
         ]
         return box_convert(torch.tensor(scaled).reshape(-1, 4), "xywh", "cxcywh")
 
@@ -211,13 +222,13 @@ def ground(
     """
     picture = image if isinstance(image, Tensor) else data.read_image(str(image))
     for text in texts:
-        data.check_expression(text, "--text")
+        data.check_expression(text, "text")
     height, width = picture.shape[1:]
     device = model.mean.device
     tokens, text_pad = (x.to(device) for x in tokenizer(texts, max_tokens))  # (T, L)
     resized = data.resize(picture, model.image_size, model.image_size).to(device)
     output = model(resized.expand(len(texts), -1, -1, -1), tokens, text_pad, branch, amp)
-    logits, boxes = output[2:] if branch == "token" else (output[0][-1], output[1][-1])  # (T, Q, 2), (T, Q, 4)
+    logits, boxes = output.answers()[branch]  # (T, Q, 2), (T, Q, 4)
     every_score = logits.softmax(-1)[..., 0].cpu()  # (T, Q)
     scale = torch.tensor([width, height, width, height])
     every_box = clip_boxes_to_image(box_convert(boxes.cpu(), "cxcywh", "xyxy") * scale, (height, width))
@@ -233,16 +244,20 @@ def ground(
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
+def true_boxes(row: data.Row, size: tuple[int, int]) -> Tensor:
+    """(m, 4) xyxy in 0..1; `size` (width, height) of the image."""
+    return (data.clip_boxes(row.boxes, *size) / torch.tensor([*size, *size])).float()
+
+
 def draw_page(rows: Sequence[data.Row], found: Sequence[dict[str, Result]], path: Path) -> None:
     """A page of examples: the true boxes and each branch's."""
     tiles = []
     for i, row in enumerate(rows):
         image = data.read_image(row.image, row.size, row.where)
-        height, width = image.shape[1:]
-        expression, boxes = row.choices[0]
-        truth = data.clip_boxes(boxes, width, height) / torch.tensor([width, height, width, height])
-        shown = {"truth": truth} | {name: result.boxes for name, result in found[i].items()}
-        tiles.append(data.draw(image, shown, expression))
+        shown = {"truth": true_boxes(row, (image.shape[2], image.shape[1]))} | {
+            n: result.boxes[: result.answered] for n, result in found[i].items()
+        }
+        tiles.append(data.draw(image, shown, row.expression))
     data.tile(tiles, path, columns=4)
 
 
@@ -251,7 +266,7 @@ def draw_curves(records: Sequence[dict], path: Path) -> None:
     page = Image.new("RGB", (720, 520), "white")
     pen = ImageDraw.Draw(page)
     train = [row for row in records if row["split"] == "train"]
-    evaluated = [row for row in records if row["split"] != "train"]
+    evaluated = [row for row in records if row.get("weights") == "last"]
     evaluated = [row for row in evaluated if row["split"] == evaluated[0]["split"]]
     draw_panel(pen, 10, train, ("decoder", "token_on_truth", "token_on_teacher", "teacher_weight"))
     draw_panel(pen, 270, evaluated, [name for name in evaluated[0] if name.endswith(("_acc", "_f1", "_nacc"))])
@@ -274,6 +289,365 @@ def draw_panel(pen: ImageDraw.ImageDraw, top: int, rows: Sequence[dict], names: 
         points = [(left + width * r["step"] / last, top + height * (1 - r[name] / high)) for r in rows if name in r]
         pen.line(points, fill=ink, width=2)
         pen.text((left + 20 + 150 * i, top + height + 4), name, fill=ink)
+
+
+# --------------------------------------------------------------------------------------------------- attention
+
+
+class Shares(NamedTuple):
+    """Of the attention that falls on patches, the part inside the true box, layer by layer: means over examples."""
+
+    examples: int
+    area: float  # share of the image that the box covers: what a look at random would get
+    object_token: Tensor  # (layers,) of the encoder
+    query: Tensor  # (K,) of the decoder branch
+
+
+def coverage(boxes: Tensor, grid: int) -> Tensor:
+    """boxes (n, 4) xyxy in 0..1 -> (grid * grid,): the share of each patch that lies in a box."""
+    low = torch.arange(grid) / grid
+    x, y = (
+        (torch.minimum(boxes[:, i + 2, None], low + 1 / grid) - torch.maximum(boxes[:, i, None], low)).clamp(min=0)
+        * grid
+        for i in (0, 1)
+    )  # (n, grid) each
+    return (y[:, :, None] * x[:, None, :]).amax(0).flatten()
+
+
+def look(model: models.SimVG, *inputs: Tensor) -> tuple[models.Attention, Tensor]:
+    """The maps, and the decoder query of each example (B,) that is surest of its box."""
+    logits, _ = model(*inputs, "decoder").answers()["decoder"]  # (B, Q, 2)
+    return model.attention_maps(*inputs), (logits[..., 0] - logits[..., 1]).argmax(1)
+
+
+@torch.inference_mode()
+def attention_shares(model: models.SimVG, dataset: data.Dataset, collate: data.Collate, count: int = 500) -> Shares:
+    """Over the first `count` examples that have a target; in gREC the query with the best score is looked at.
+    InputError if there is none."""
+    device, sums = model.mean.device, []
+    having = [i for i, row in enumerate(dataset.rows) if row.boxes][:count]
+    if not having:
+        raise InputError("--attention: no expression of this split has a target")
+    keys = [[(0, i) for i in having[s : s + 50]] for s in range(0, len(having), 50)]
+    for batch in data.batches(dataset, collate, keys, workers=0):
+        inputs = [x.to(device) for x in batch[:3]]
+        maps, best = look(model, *inputs)
+        for i in range(len(best)):
+            truth = box_convert(batch.boxes[i, batch.box_mask[i]], "cxcywh", "xyxy")
+            inside = coverage(truth, model.encoder.grid)  # (N,)
+            looks = torch.cat([maps.object_token[:, i], maps.queries[:, i, best[i]]]).cpu()  # (layers + K, N)
+            sums.append(torch.cat([inside.mean()[None], (looks * inside).sum(1) / looks.sum(1)]))
+    area, *shares = torch.stack(sums).mean(0).split([1, len(maps.object_token), len(maps.queries)])
+    return Shares(len(having), area.item(), *shares)
+
+
+@torch.inference_mode()
+def draw_attention(
+    model: models.SimVG, image: Tensor, texts: Sequence[str], tokenizer: data.Tokenizer, max_tokens: int, path: str
+) -> None:
+    """A row of pictures for each phrase: where the object token, the decoder's best query and each word look in the
+    last layers (the decoder's means nothing in a checkpoint whose decoder was never trained)."""
+    resized = data.resize(image, model.image_size, model.image_size).expand(len(texts), -1, -1, -1)
+    inputs = [x.to(model.mean.device) for x in (resized, *tokenizer(texts, max_tokens))]
+    maps, best = look(model, *inputs)
+    tiles = []
+    for i, text in enumerate(texts):
+        words = tokenizer.pieces(text, max_tokens)
+        looks = {"object token": maps.object_token[-1, i], "decoder query": maps.queries[-1, i, best[i]]}
+        looks |= {f"{j}: {word}": maps.words[-1, i, j + 1] for j, word in enumerate(words)}
+        tiles.append([draw_heat(image, look.cpu(), f"{name} ({text})") for name, look in looks.items()])
+    width = max(map(len, tiles))
+    empty = Image.new("RGB", tiles[0][0].size)
+    data.tile([tile for row in tiles for tile in row + [empty] * (width - len(row))], path, columns=width)
+
+
+def draw_heat(image: Tensor, look: Tensor, caption: str) -> Image.Image:
+    """image (3, H, W) uint8 and a map (N,) of patches -> the image in grey, and in red where the map is high."""
+    grid = round(len(look) ** 0.5)
+    heat = F.interpolate(look.view(1, 1, grid, grid), image.shape[1:], mode="bilinear")[0] / look.max()  # (1, H, W)
+    grey = image.float().mean(0, keepdim=True) * 0.6
+    red = grey + heat * torch.tensor([255.0, 40.0, 0.0])[:, None, None]
+    return data.draw(red.clamp(max=255).byte(), {}, caption)
+
+
+# ------------------------------------------------------------------------------------------------------ report
+
+PICTURES = 250  # of wrong answers and as many of right ones are in a report; the other rows come without
+STEPS = 20  # thresholds of a gREC curve
+
+
+def report(
+    path: str, title: str, found: dict[str, tuple[Sequence[data.Row], Sequence[dict[str, Result]]]], grec: bool
+) -> None:
+    """One HTML file that needs nothing else. `found`: split -> its rows and their results."""
+    content = {"title": title, "splits": list(found), "rows": [], "pictures": {}, "curves": {}}
+    for number, (split, (rows, results)) in enumerate(found.items()):
+        sizes = [row.size or image_size(row.image) for row in rows]
+        for i in tqdm(pictured(results), desc="pictures of the report", disable=None, leave=False):
+            content["pictures"][rows[i].image] = thumbnail(rows[i])
+        for row, result, size in zip(rows, results, sizes, strict=True):
+            content["rows"].append({"split": number, **report_row(row, result, size, grec)})
+        if grec:
+            truths = [true_boxes(row, size) for row, size in zip(rows, sizes, strict=True)]
+            branches = {branch: [result[branch] for result in results] for branch in results[0]}
+            content["curves"][split] = {branch: curve(truths, each) for branch, each in branches.items()}
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace(
+        "<", "\\u003c"
+    )  # no expression can end the script
+    part = Path(f"{path}.part")
+    part.write_text(PAGE.replace("CONTENT", text))
+    part.replace(path)
+
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>SimVG report</title>
+<style>
+  body { font: 14px system-ui, sans-serif; margin: 1rem 1.5rem; color: #ddd; background: #181a1b; }
+  h1 { font-size: 1.2rem; } table { border-collapse: collapse; margin: .3rem 2rem .8rem 0; }
+  td, th { padding: .1rem .7rem; text-align: right; border-bottom: 1px solid #333; font-weight: normal; }
+  td:first-child, th:first-child { text-align: left; } th { color: #999; }
+  #tables { display: flex; flex-wrap: wrap; align-items: start; }
+  #bar { position: sticky; top: 0; background: #181a1b; padding: .6rem 0; display: flex; gap: .6rem; flex-wrap: wrap; }
+  select, input, button { font: inherit; color: inherit; background: #26292b; border: 1px solid #444; padding: .2rem; }
+  #cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: .8rem; }
+  .card { background: #222526; border-top: 3px solid #2a7; padding: .4rem; overflow-wrap: anywhere; }
+  .card { scroll-margin-top: 5rem; }
+  .wrong { border-color: #c33; } .card.current { outline: 2px solid #eee; } small { color: #999; }
+  svg { width: 100%; display: block; background: #444; }
+  rect, polyline { fill: none; stroke-width: 2px; vector-effect: non-scaling-stroke; }
+  .truth { stroke: lime; color: lime; stroke-dasharray: 7 5; } .decoder { stroke: orange; color: orange; }
+  .token { stroke: deepskyblue; color: deepskyblue; }
+</style>
+<h1></h1>
+<div id="tables"></div>
+<div id="bar">
+  <select id="split" title="split"></select>
+  <select id="wrong" title="answers">
+    <option value="">all answers</option><option value="any">a branch is wrong</option>
+    <option value="decoder">decoder wrong</option><option value="token">token wrong</option>
+    <option value="differ">one right, one wrong</option><option value="right">all right</option>
+  </select>
+  <select id="kind" title="kind"></select>
+  <select id="count" title="true boxes"></select>
+  <input id="search" type="search" placeholder="text (/)">
+  <select id="sort" title="order">
+    <option value="file">as in the file</option><option value="iou">IoU</option><option value="score">score</option>
+    <option value="words">words</option><option value="area">size of the box</option>
+  </select>
+  <button id="turn" title="r">reverse</button><span id="shown"></span>
+  <small><span class="truth">truth</span> <span class="decoder">decoder</span> <span class="token">token</span> &middot;
+  keys: &larr; &rarr; page, j k card, w answers, s order, r reverse, / text, Esc</small>
+</div>
+<div id="cards"></div>
+<script id="content" type="application/json">CONTENT</script>
+<script>
+"use strict";
+const data = JSON.parse(document.getElementById("content").textContent), perPage = 48;
+const branches = Object.keys(data.rows.length ? data.rows[0].branches : {}), byId = id => document.getElementById(id);
+const SVG = "http://www.w3.org/2000/svg";
+let page = 0, card = -1, reversed = false, found = [], whole = 0;
+
+function make(parent, name, text, classes) {  // texts only ever come in as text
+  const e = parent.appendChild(document.createElement(name));
+  if (text !== undefined) e.textContent = text;
+  if (classes) e.className = classes;
+  return e;
+}
+function draw(parent, name, attributes) {
+  const e = parent.appendChild(document.createElementNS(SVG, name));
+  for (const [key, value] of Object.entries(attributes)) e.setAttribute(key, value);
+  return e;
+}
+const mean = (rows, value) => rows.reduce((sum, row) => sum + value(row), 0) / rows.length;
+for (const row of data.rows) {
+  row.words = row.text.trim().split(/\s+/).length;
+  row.area = row.truth.length ? mean(row.truth, b => (b[2] - b[0]) * (b[3] - b[1]) / 1e6) : 0;
+  row.right = branches.map(b => row.branches[b].right);
+  row.iou = mean(branches, b => row.branches[b].iou);
+  row.score = mean(branches, b => Math.max(0, ...row.branches[b].scores));
+  row.low = row.text.toLowerCase();
+}
+const groups = {
+  "": row => "all",
+  "words": row => row.words < 3 ? "1 to 2" : row.words < 6 ? "3 to 5" : row.words < 10 ? "6 to 9" : "10 and more",
+  "box, of the image": row => !row.truth.length ? "none" : row.area < .02 ? "0 to 2 %" : row.area < .1 ?
+    "2 to 10 %" : row.area < .3 ? "10 to 30 %" : "30 % and more",
+  "true boxes": row => row.truth.length < 3 ? String(row.truth.length) : "3 and more",
+  "kind": row => row.kind || "none",
+};
+function tables() {
+  byId("tables").replaceChildren();
+  for (const [title, group] of Object.entries(groups)) {
+    const parts = new Map();
+    for (const row of found) {
+      const name = group(row);
+      if (!parts.has(name)) parts.set(name, []);
+      parts.get(name).push(row);
+    }
+    if (title && parts.size < 2) continue;
+    const table = make(byId("tables"), "table"), head = make(table, "tr");
+    for (const text of [title || "right, %", "n", ...branches]) make(head, "th", text);
+    for (const [name, rows] of [...parts].sort((a, b) => a[0].localeCompare(b[0], "en", {numeric: true}))) {
+      const line = make(table, "tr");
+      for (const text of [name, rows.length]) make(line, "td", text);
+      for (const b of branches) make(line, "td", (100 * mean(rows, row => row.branches[b].right)).toFixed(2));
+    }
+  }
+  const curves = data.curves[data.splits[byId("split").value]];
+  if (curves) plot(curves);
+}
+function plot(curves) {
+  const box = make(byId("tables"), "div"), svg = draw(box, "svg", {viewBox: "-4 -4 208 108", style: "width: 420px"});
+  for (const [b, curve] of Object.entries(curves)) for (const i of [1, 2]) {
+    const points = curve.map(p => [200 * p[0], 100 - 100 * p[i]]).join(" "), dashes = i === 2 ? "4 3" : "";
+    if (curve[0][i] !== null) draw(svg, "polyline", {class: b, points, "stroke-dasharray": dashes});
+  }
+  make(box, "small", "whole split: F1=1 (line) and N-acc (dashes), 0 to 100 %, over the score threshold, 0 to 1");
+}
+const tests = {
+  "": right => true, any: right => right.includes(false), right: right => !right.includes(false),
+  differ: right => right.includes(false) && right.includes(true),
+};
+for (const [i, b] of branches.entries()) tests[b] = right => !right[i];
+function select() {
+  const [split, wrong, kind, count, order] = ["split", "wrong", "kind", "count", "sort"].map(id => byId(id).value);
+  const text = byId("search").value.toLowerCase();
+  const rows = data.rows.filter(row => row.split == split);
+  whole = rows.length;
+  found = rows.filter(row => tests[wrong](row.right) && (!kind || (row.kind || "none") === kind)
+    && (!count || String(row.truth.length) === count) && row.low.includes(text));
+  if (order !== "file") found.sort((a, b) => a[order] - b[order]);
+  if (reversed) found.reverse();
+  page = 0; card = -1;
+  tables(); show();
+}
+function show() {
+  const pages = Math.max(1, Math.ceil(found.length / perPage));
+  page = Math.min(Math.max(page, 0), pages - 1);
+  byId("shown").textContent = `${found.length} of ${whole}, page ${page + 1} of ${pages}`;
+  byId("cards").replaceChildren();
+  for (const row of found.slice(page * perPage, (page + 1) * perPage)) {
+    const c = make(byId("cards"), "div", undefined, row.right.includes(0) ? "card wrong" : "card");
+    const svg = draw(c, "svg", {viewBox: `0 0 ${1000 * row.aspect} 1000`}), address = data.pictures[row.image];
+    const whole = {width: 1000 * row.aspect, height: 1000, preserveAspectRatio: "none"};
+    if (address) draw(svg, "image", {href: address, ...whole});
+    const boxes = [...branches.map(b => [b, row.branches[b].boxes]), ["truth", row.truth]];
+    for (const [name, list] of boxes) for (const [x1, y1, x2, y2] of list)
+      draw(svg, "rect", {class: name, x: x1 * row.aspect, y: y1, width: (x2 - x1) * row.aspect, height: y2 - y1});
+    make(c, "div", row.text);
+    for (const b of branches) {
+      const {right, iou, scores} = row.branches[b];
+      const sure = scores.map(score => score.toFixed(2)).join(" ") || "none";
+      make(c, "div", `${right ? "\u2713" : "\u2717"} ${b}: IoU ${iou.toFixed(2)}, score ${sure}`, b);
+    }
+    make(c, "small", `${row.kind ? row.kind + ", " : ""}${row.where}${address ? "" : ", picture not in the report"}`);
+  }
+}
+function choices(id, values, all) {
+  if (all) make(byId(id), "option", all).value = "";
+  for (const [value, text] of values) make(byId(id), "option", text).value = value;
+  byId(id).hidden = values.length < 2;
+}
+function turn(step) { page += step; card = -1; show(); scrollTo(0, byId("bar").offsetTop); }
+function walk(step) {
+  const cards = byId("cards").children;
+  if (card >= 0 && cards[card]) cards[card].classList.remove("current");
+  card = Math.min(Math.max(card + step, 0), cards.length - 1);
+  if (cards[card]) { cards[card].classList.add("current"); cards[card].scrollIntoView({block: "nearest"}); }
+}
+function next(id) { byId(id).selectedIndex = (byId(id).selectedIndex + 1) % byId(id).length; select(); }
+const keys = {
+  ArrowLeft: () => turn(-1), ArrowRight: () => turn(1),
+  j: () => walk(1), k: () => walk(-1), w: () => next("wrong"), s: () => next("sort"),
+  r: () => byId("turn").click(), "/": () => byId("search").focus(),
+};
+document.addEventListener("keydown", event => {
+  if (event.key === "Escape") { event.preventDefault(); document.activeElement.blur(); }
+  const typing = ["INPUT", "SELECT"].includes(document.activeElement.tagName);
+  if (typing || event.ctrlKey || event.metaKey || event.altKey || !keys[event.key]) return;
+  event.preventDefault();
+  keys[event.key]();
+});
+document.querySelector("h1").textContent = document.title = data.title;
+choices("split", data.splits.map((name, i) => [i, name]));
+const distinct = value => [...new Set(data.rows.map(value))];
+choices("kind", distinct(row => row.kind || "none").sort().map(kind => [kind, kind]), "every kind");
+const counts = distinct(row => row.truth.length).sort((a, b) => a - b);
+choices("count", counts.map(n => [n, n === 1 ? "1 true box" : `${n} true boxes`]), "any number");
+for (const b of ["decoder", "token"]) if (!branches.includes(b)) byId("wrong").querySelector(`[value=${b}]`).remove();
+if (branches.length < 2) byId("wrong").querySelector("[value=differ]").remove();
+for (const id of ["split", "wrong", "kind", "count", "sort"])
+  byId(id).onchange = event => { event.target.blur(); select(); };
+byId("search").oninput = select;
+byId("turn").onclick = () => { byId("turn").blur(); reversed = !reversed; select(); };
+select();
+</script>
+</html>
+"""
+
+
+def pictured(results: Sequence[dict[str, Result]]) -> set[int]:
+    """Wrong and right answers, spread evenly over the split."""
+    wrong = [i for i, result in enumerate(results) if not all(each.correct for each in result.values())]
+    right = sorted(set(range(len(results))) - set(wrong))
+    return {group[k * len(group) // PICTURES] for group in (wrong, right) if group for k in range(PICTURES)}
+
+
+def thumbnail(row: data.Row) -> str:
+    """The image as a small JPEG in a data address."""
+    picture, file = to_pil_image(data.read_image(row.image, row.size, row.where)), io.BytesIO()
+    picture.thumbnail((256, 256))
+    picture.save(file, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+@functools.lru_cache
+def image_size(path: str) -> tuple[int, int]:
+    """Width and height as `read_image` gives it."""
+    with data.open_image(path) as file:
+        return data.upright_size(file)
+
+
+def report_row(row: data.Row, result: dict[str, Result], size: tuple[int, int], grec: bool) -> dict:
+    """What the page shows of one expression; boxes in thousandths of the image."""
+    truth, branches = true_boxes(row, size)[: None if grec else 1], {}  # in REC the first one counts
+    for branch, each in result.items():
+        boxes, scores = (x[: each.answered].nan_to_num(0) for x in (each.boxes, each.scores))
+        if len(truth) and len(boxes):
+            iou = box_iou(truth, boxes).nan_to_num(0).amax(1).mean().item()
+        else:
+            iou = float(len(truth) == len(boxes))
+        branches[branch] = {
+            "right": each.correct,
+            "iou": round(iou, 3),
+            "scores": [round(score, 3) for score in scores.tolist()],
+            "boxes": (1000 * boxes).round().int().tolist(),
+        }
+    return {
+        "text": row.expression,
+        "kind": row.kind,
+        "image": row.image,
+        "where": row.where,
+        "aspect": round(size[0] / size[1], 4),
+        "truth": (1000 * truth).round().int().tolist(),
+        "branches": branches,
+    }
+
+
+def curve(truths: Sequence[Tensor], results: Sequence[Result]) -> list[list[float | None]]:
+    """[threshold, F1=1, N-acc] of one branch in gREC for thresholds between 0 and 1; truths (m, 4) xyxy. N-acc is
+    None where every expression has a target."""
+    points, without = [], sum(not len(truth) for truth in truths)
+    for threshold in (step / STEPS for step in range(1, STEPS)):
+        correct = [
+            grec_correct(each.scores, each.boxes, truth, threshold) for truth, each in zip(truths, results, strict=True)
+        ]
+        none = sum(right for right, truth in zip(correct, truths, strict=True) if not len(truth))
+        points.append([threshold, sum(correct) / len(truths), none / without if without else None])
+    return points
 
 
 # -------------------------------------------------------------------------------------------------- the program
@@ -335,12 +709,17 @@ def main() -> None:
         raise InputError(
             f"{args.ckpt}: an official checkpoint holds no config, name one: --config configs.json:refcoco"
         )
+    if fixed := [pair for pair in args.set if pair.startswith("model.")]:
+        raise InputError(f"--set {fixed[0]}: the checkpoint says what the model is")
     data.override_config(config, args.set)
-    if args.amp:
+    if args.amp and not args.attention:
         models.keep_in_16_bits(model, models.AMP[args.amp])
     if rank == 0:
         print(f"{args.ckpt}: {kind}")
-    if args.image is None:
+    if args.attention and not args.image:
+        if rank == 0:
+            print_attention(args, model, config)
+    elif not args.image:
         evaluate_splits(args, model, config, rank)
     elif rank == 0:
         ground_one(args, model, config)
@@ -367,14 +746,14 @@ def keep_freed_memory() -> None:
     """On Linux: keep for the next tensor what the last one set free. glibc gives large blocks back to the system, and
     each time the next activations cost a page fault every 4 kB: a fourth of a CPU's training step."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; before glibc 2.35 at most 32 MB
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict, rank: int) -> None:
     """Print one table a split, and the same figures as a line of JSON."""
     branch = chosen_branch(args, config)
-    collate = load_collate(config)
+    collate, everything = load_collate(config), {}
     for split in args.split or config["data"]["eval_splits"]:
         dataset = load_split(config, split)
         workers, amp = config["data"]["workers"], models.AMP[args.amp]
@@ -383,6 +762,22 @@ def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict,
         if rank == 0:
             print_table(split, figures, by_kind(found, dataset.rows))
             print(json.dumps({"split": split, **figures}))
+            everything[split] = dataset.rows, found
+    if args.report and rank == 0:
+        report(args.report, args.ckpt, everything, config["model"]["queries"] > 1)
+        print(f"report: {args.report}")
+
+
+def print_attention(args: argparse.Namespace, model: models.SimVG, config: dict) -> None:
+    """The `Shares` of every split as a table, in percent."""
+    decodes = trained_branch(config["train"]) != "token"
+    for split in args.split or config["data"]["eval_splits"]:
+        dataset = load_split(config, split)
+        shares = attention_shares(model, dataset, load_collate(config))
+        print(f"{split}, {shares.examples} expressions: the true box covers {100 * shares.area:.1f} % of the image")
+        print("of the attention that falls on patches, % inside the true box, layer by layer:")
+        for name, values in (("object token", shares.object_token), ("decoder query", shares.query))[: 1 + decodes]:
+            print(f"{name:<18}" + "".join(f"{100 * value:>8.1f}" for value in values.tolist()))
 
 
 def ground_one(args: argparse.Namespace, model: models.SimVG, config: dict) -> None:
@@ -406,6 +801,10 @@ def ground_one(args: argparse.Namespace, model: models.SimVG, config: dict) -> N
     pictures = [data.draw(image, answer, text, side) for text, answer in zip(args.text, answers, strict=True)]
     data.tile(pictures, path, columns=min(3, len(pictures)))
     print(f"picture: {path}")
+    if args.attention:
+        path = f"{Path(path).with_suffix('')}_attention.png"
+        draw_attention(model, image, args.text, tokenizer, config["data"]["max_tokens"], path)
+        print(f"attention: {path}")
 
 
 def chosen_branch(args: argparse.Namespace, config: dict) -> str:
@@ -419,7 +818,9 @@ def chosen_branch(args: argparse.Namespace, config: dict) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Evaluate a checkpoint, or ground phrases in one image.")
+    parser = argparse.ArgumentParser(
+        description="Evaluate a checkpoint on its splits; or, with --image and --text, find boxes."
+    )
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint of train.py, or an official .pth")
     parser.add_argument("--config", metavar="FILE:NAME", help="the config of an official .pth, which holds none")
     parser.add_argument(
@@ -430,10 +831,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image", metavar="FILE", help="ground phrases in this image")
     parser.add_argument("--text", nargs="+", metavar="PHRASE", help="the phrases")
     parser.add_argument("--amp", choices=["bf16", "fp16"], default="", help="run the encoder in 16 bits")
+    parser.add_argument("--attention", action="store_true", help="show where tokens look: a picture, or a table")
+    parser.add_argument("--report", metavar="FILE", help="also write a page to browse the answers, such as report.html")
     parser.add_argument("--save", metavar="FILE", help="where the picture goes (default: IMAGE_grounded.png)")
-    args = parser.parse_args()
+    args = data.parse(parser)
     if (args.image is None) != (args.text is None):
         parser.error("--image and --text go together")
+    if args.report and (args.image or args.attention):
+        parser.error("--report goes with the evaluation of splits")
+    if args.report and not Path(args.report).absolute().parent.is_dir():
+        parser.error(f"--report {args.report}: there is no such folder")
     return args
 
 

@@ -106,9 +106,8 @@ def match(logits: Tensor, boxes: Tensor, targets: Tensor, target_mask: Tensor) -
     l1 = (pairs[0] - pairs[1]).abs().sum(-1)  # (K, B, Q, M)
     score = logits.softmax(-1)[..., :1]  # (K, B, Q, 1)
     cost = L1 * l1 - CLASS * score - GIOU * iou_giou(*pairs)[1]
-    cost = (
-        cost.double().nan_to_num(1e9, 1e9, -1e9).tolist()
-    )  # a loss that is not finite is the training loop's to notice
+    # a loss that is not finite is the training loop's to notice
+    cost = cost.double().nan_to_num(1e9, 1e9, -1e9).tolist()
     real = [[j for j in range(M) if row[j]] for row in target_mask.tolist()]
     result = [[[-1] * Q for _ in range(B)] for _ in range(K)]
     for k in range(K):
@@ -135,6 +134,12 @@ def normalisers(box_mask: Tensor, queries: int, no_object: float = NO_OBJECT) ->
     return torch.stack([targets.sum().float(), matched + no_object * (len(box_mask) * queries - matched)])
 
 
+def global_normalisers(counts: Tensor) -> Tensor:
+    """`normalisers` summed over all ranks, as one rank's share: DDP averages their gradients. No box counts as one."""
+    boxes, weights = global_sum(counts)
+    return torch.stack([boxes.clamp(min=1), weights]) / (dist.get_world_size() if dist.is_initialized() else 1)
+
+
 def detection_loss(
     logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor, norm: Tensor, no_object: float = NO_OBJECT
 ) -> Tensor:
@@ -143,7 +148,8 @@ def detection_loss(
     logits (K, B, Q, 2), boxes (K, B, Q, 4), targets (B, M, 4), matched (K, B, Q) as `match` gives it, norm (2,).
     """
     found = matched >= 0  # (K, B, Q)
-    weight = logits.new_tensor([1.0, no_object])
+    first = torch.arange(2, device=logits.device) == 0
+    weight = torch.where(first, 1.0, no_object).to(logits)  # made on the device: no wait for a copy
     # flattened: cross entropy over a middle dimension has no deterministic CUDA kernel
     label = torch.where(found, 0, 1).flatten()
     cross_entropy = F.cross_entropy(logits.flatten(0, 2), label, weight, reduction="sum")
@@ -151,7 +157,7 @@ def detection_loss(
     wanted = targets.expand(len(boxes), -1, -1, -1).gather(2, index)  # (K, B, Q, 4)
     l1 = ((boxes - wanted).abs().sum(-1) * found).sum()
     giou = ((1 - iou_giou(boxes, wanted)[1]) * found).sum()
-    return CLASS * cross_entropy / norm[1] + (L1 * l1 + GIOU * giou) / norm[0].clamp(min=1)
+    return CLASS * cross_entropy / norm[1] + (L1 * l1 + GIOU * giou) / norm[0]
 
 
 @torch.no_grad()
@@ -181,13 +187,12 @@ def simvg_loss(
 
     A factor of None leaves its term out (and needs no output of that branch). With a teacher this is DWBD, Eq. 7:
     token_on_teacher * W_dt * L_det(token, decoder's boxes) + token_on_truth * (1 - W_dt) * L_det(token, truth) (D1);
-    without, the token branch simply learns from the truth. `norm` holds the `normalisers` of one rank's share of
-    the global batch; it is worked out here if this batch is the whole step.
+    without, the token branch simply learns from the truth. `norm` is what `global_normalisers` gives for the whole
+    step; it is worked out here if this batch is the whole step.
     """
     logits = output.decoder_logits if output.token_logits is None else output.token_logits
     if norm is None:
-        norm = global_sum(normalisers(box_mask, logits.shape[-2], no_object))
-        norm = norm / (dist.get_world_size() if dist.is_initialized() else 1)  # DDP averages over ranks
+        norm = global_normalisers(normalisers(box_mask, logits.shape[-2], no_object))
     terms = {}
     if decoder is not None or token_on_teacher is not None:
         matched = match(output.decoder_logits, output.decoder_boxes, boxes, box_mask)

@@ -6,8 +6,9 @@
     token branch   (student): object token + queries -> one linear layer -> boxes           Eq. 3
 
 B batch, N image tokens, L text tokens, Q queries (1 in REC, 10 in gREC), K decoder layers, D encoder width,
-C head width. Boxes are cxcywh in 0..1 of the image; class 0 is "the referred object", class 1 "no object".
-Everything that makes a box runs in float32, also under autocast: a bf16 box is off by up to 2 pixels.
+C head width, T = 1 + N + L. Boxes are cxcywh in 0..1 of the image; class 0 is "the referred object", class 1
+"no object". With `amp` only the encoder runs in 16 bits, what makes a box stays in float32: a bf16 box is off by up
+to 2 pixels.
 
 This file also builds, saves and loads models.
 """
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import beit3
-from data import InputError
+from data import InputError, run
 
 HEADS = 8  # attention heads of TQG and decoder, in every released model
 AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what `amp` may be called in configs
@@ -39,6 +40,21 @@ class Output(NamedTuple):
     decoder_boxes: Tensor | None  # (K, B, Q, 4) cxcywh
     token_logits: Tensor | None  # (B, Q, 2)
     token_boxes: Tensor | None  # (B, Q, 4) cxcywh
+
+    def answers(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """{branch: (logits (B, Q, 2), boxes (B, Q, 4))} of the branches that ran; the decoder's last layer speaks."""
+        decoder = () if self.decoder_boxes is None else (self.decoder_logits[-1], self.decoder_boxes[-1])
+        token = () if self.token_boxes is None else (self.token_logits, self.token_boxes)
+        return {name: answer for name, answer in (("decoder", decoder), ("token", token)) if answer}
+
+
+class Attention(NamedTuple):
+    """Where tokens look in the image, for pictures: the part of their attention that falls on each patch. It adds up
+    to 1 for queries, to less for the others, which also look at words and at the object token."""
+
+    object_token: Tensor  # (layers, B, N) of the encoder
+    words: Tensor  # (layers, B, L, N) of the encoder, padding included
+    queries: Tensor  # (K, B, Q, N) of the decoder branch
 
 
 class DecoderLayer(nn.Module):
@@ -57,11 +73,20 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor, pad: Tensor | None = None
     ) -> Tensor:
         """x, query_pos (B, Q, C); memory (B, n, C); memory_pos (n, C); pad (B, n) True = not there -> (B, Q, C)."""
-        q = x + query_pos
-        x = self.norms[0](x + self.self_attn(q, q, x, need_weights=False)[0])
+        x = self.look_at_queries(x, query_pos)
         seen = self.cross_attn(x + query_pos, memory + memory_pos, memory, key_padding_mask=pad, need_weights=False)[0]
         x = self.norms[1](x + seen)
         return self.norms[2](x + self.ffn(x))
+
+    def look_at_queries(self, x: Tensor, query_pos: Tensor) -> Tensor:
+        """The first third: self-attention of the queries, (B, Q, C) -> (B, Q, C)."""
+        q = x + query_pos
+        return self.norms[0](x + self.self_attn(q, q, x, need_weights=False)[0])
+
+    def attention_map(self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor) -> Tensor:
+        """Where each query looks, for pictures: (B, Q, n), rows add up to 1, the mean of the heads."""
+        x = self.look_at_queries(x, query_pos)
+        return self.cross_attn(x + query_pos, memory + memory_pos, memory)[1]
 
 
 class TextGuidedQuery(nn.Module):
@@ -121,6 +146,15 @@ class DecoderBranch(nn.Module):
             outputs.append(self.norm(x))
         x = torch.stack(outputs)  # (K, B, Q, C)
         return self.class_head(x), self.box_head(x).sigmoid()
+
+    def attention_maps(self, image: Tensor, queries: Tensor) -> Tensor:
+        """Where each query looks in every layer, for pictures: (K, B, Q, N)."""
+        image = self.image_proj(image)
+        x, maps = torch.zeros_like(queries), []
+        for layer in self.layers:
+            maps.append(layer.attention_map(x, queries, image, self.positions))
+            x = layer(x, queries, image, self.positions)
+        return torch.stack(maps)
 
 
 class TokenBranch(nn.Module):
@@ -192,8 +226,7 @@ class SimVG(nn.Module):
         True = padding; branch "both", "decoder" or "token"; amp: run the encoder (only) in this precision.
         """
         assert branch in ("both", "decoder", "token"), branch
-        if images.dtype == torch.uint8:
-            images = (images - self.mean) / self.std
+        images = self.normalise(images)
         with torch.autocast(images.device.type, amp or torch.bfloat16, enabled=amp is not None):
             encoded = self.encoder(images, tokens, text_pad, object_only=branch == "token")
         object_token, image, text = (x.float() for x in encoded)
@@ -201,6 +234,19 @@ class SimVG(nn.Module):
         decoded = self.decoder_branch(image, queries) if branch != "token" else (None, None)
         direct = self.token_branch(object_token, queries) if branch != "decoder" else (None, None)
         return Output(*decoded, *direct)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std if images.dtype == torch.uint8 else images
+
+    @torch.no_grad()
+    def attention_maps(self, images: Tensor, tokens: Tensor, text_pad: Tensor) -> Attention:
+        """Computed beside the usual path, which never holds an attention map. Arguments as for the model itself."""
+        images = self.normalise(images)
+        maps = self.encoder.attention_maps(images, tokens, text_pad)  # (layers, B, T, T)
+        N = self.encoder.grid**2
+        _, image, text = self.encoder(images, tokens, text_pad)
+        queries = self.decoder_branch.attention_maps(image, self.tqg(text, text_pad))
+        return Attention(maps[:, :, 0, 1 : 1 + N], maps[:, :, 1 + N :, 1 : 1 + N], queries)
 
 
 def keep_in_16_bits(model: SimVG, amp: torch.dtype) -> None:
@@ -234,10 +280,10 @@ def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint file as plain tensors, numbers and strings, on the CPU. InputError if it is anything else."""
     try:
         # the only foreign objects met in official files: numpy's numbers, such as the best accuracy
-        scalar = [np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
+        allowed = [np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
         if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch.load does not look at it
             raise InputError(f"{path}: is damaged, the checksum of {damaged} is wrong")
-        with torch.serialization.safe_globals(scalar):
+        with torch.serialization.safe_globals(allowed):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -409,3 +455,58 @@ def _official_sizes(official: dict[str, Tensor]) -> dict:
         dropout=0.0,
         as_released=True,
     )
+
+
+# ---------------------------------------------------------------------------------------------------- a first look
+
+
+def main() -> None:
+    """Print every stage of a tiny model, from pixels and words to boxes: shape and parameters."""
+    model = SimVG(
+        **dict(image_size=64, patch_size=16, vocab_size=100, head_width=32, queries=1, as_released=False),
+        **dict(encoder_width=64, encoder_layers=2, encoder_heads=4, encoder_ffn=128, drop_path=0.0),
+        **dict(tqg_layers=1, tqg_ffn=64, decoder_layers=2, decoder_ffn=64, dropout=0.0),
+    ).eval()
+
+    def stage(name: str, value: Tensor, *owners: nn.Module | nn.Parameter) -> None:
+        each = [
+            owner.numel() if isinstance(owner, Tensor) else sum(p.numel() for p in owner.parameters())
+            for owner in owners
+        ]
+        print(f"{name:42} {str(tuple(value.shape)):18}" + (f"{sum(each):>12,}" if owners else ""))
+
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    tokens = torch.tensor([[0, 7, 8, 9, 2, 1], [0, 7, 8, 9, 10, 2]])  # <s> the left dog </s> <pad>
+    pad = tokens == 1
+    encoder, tqg, decoder, token = model.encoder, model.tqg, model.decoder_branch, model.token_branch
+    print(f"{'stage':42} {'shape':18}{'parameters':>12}")
+    stage("images", images)
+    stage("tokens", tokens)
+    image, text, readable = encoder.embed(model.normalise(images), tokens, pad)
+    stage(
+        "image: object token and patches, Eq. 1",
+        image,
+        encoder.patch_embed,
+        encoder.object_token,
+        encoder.image_positions,
+    )
+    stage("text", text, encoder.text_embed, encoder.text_positions)
+    for i, layer in enumerate(encoder.layers):
+        image, text = layer(image, text, readable)
+        stage(f"encoder layer {i + 1}: image expert", image, layer.image)
+        stage("                 text expert", text, layer.text)
+    image, text = encoder.image_norm(image), encoder.text_norm(text)
+    stage("object token", image[:, 0], encoder.image_norm)
+    stage("text tokens", text, encoder.text_norm)
+    queries = tqg(text, pad)
+    stage("text-guided queries, Eq. 8", queries, tqg)
+    logits, boxes = decoder(image[:, 1:], queries)
+    stage("decoder branch, Eq. 2: boxes of each layer", boxes, decoder)
+    logits, boxes = token(image[:, 0], queries)
+    stage("token branch, Eq. 3: boxes", boxes, token)
+    stage("              logits: object, no object", logits)
+    print(f"{'all':61}{sum(p.numel() for p in model.parameters()):>12,}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -8,11 +8,15 @@ curves.png and samples.png. `--resume` goes on after a kill, to the bit on one p
 of (seed, epoch, step), nothing random is stored.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is being imported; `data.run` sees to it from then on
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import json
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -188,12 +192,12 @@ def train_epoch(run: Run, stream: Iterator, per_step: int, steps: int, log: "Log
         progress["step"] += 1
         progress["step_in_epoch"] += 1
         update_ema(run.ema, run.model, settings["ema_decay"], progress["step"])
-        if terms["grad_norm"].isfinite():  # the step's only wait for the device, with all its work handed over
+        if terms["grad_norm"].isfinite():  # the only wait for the device (in REC), with all its work handed over
             run.skipped_in_a_row = 0
             log.step(terms, waited, time.monotonic() - began)
         else:
-            skipped(run, batch, terms, rows)
-        if time.monotonic() - saved > 60 * settings["save_minutes"]:
+            report_skipped(run, batch, terms, rows)
+        if time.monotonic() - saved > 60 * settings["save_minutes"] and not run.skipped_in_a_row:
             save_last(run)
             saved = time.monotonic()
 
@@ -229,7 +233,7 @@ def stop(run: Run, log: "Log", fault: InputError | None) -> None:
     leave(128 + run.stopped[0] if run.stopped and saved else 2)
 
 
-def skipped(run: Run, batch: list[data.Batch], terms: dict[str, Tensor], rows: Sequence[data.Row]) -> None:
+def report_skipped(run: Run, batch: list[data.Batch], terms: dict[str, Tensor], rows: Sequence[data.Row]) -> None:
     """Say what was not finite in a step that changed no weight. InputError after PATIENCE of them.
 
     The gradient norm is that of all ranks, so all come here together; the rows are each rank's own.
@@ -245,7 +249,7 @@ def skipped(run: Run, batch: list[data.Batch], terms: dict[str, Tensor], rows: S
     if run.rank == 0 or faulty:
         tqdm.write(said, file=sys.stderr)
     if run.skipped_in_a_row >= PATIENCE:
-        raise InputError(f"{PATIENCE} steps in a row were not finite; {run.out}/last.pt is from before them")
+        raise InputError(f"{PATIENCE} steps in a row were not finite; the last checkpoint is from before them")
 
 
 def out_of_memory(error: RuntimeError, micro: int) -> Exception:
@@ -262,8 +266,8 @@ def out_of_memory(error: RuntimeError, micro: int) -> Exception:
 def not_finite(run: Run, batch: data.Batch) -> list[int]:
     """The examples of a batch whose own boxes or answers are not finite."""
     output = run.model(batch.images, batch.tokens, batch.text_pad, run.branch, run.amp)
-    answers = [output.decoder_boxes[-1] if run.branch != "token" else output.token_boxes, batch.boxes]
-    fine = torch.stack([x.flatten(1).isfinite().all(1) for x in answers]).all(0)  # (B,)
+    boxes = [batch.boxes, *(answer for _, answer in output.answers().values())]
+    fine = torch.stack([x.flatten(1).isfinite().all(1) for x in boxes]).all(0)  # (B,)
     return [index for index, ok in zip(batch.index, fine.tolist(), strict=True) if not ok]
 
 
@@ -272,10 +276,10 @@ def validate(run: Run, split: str, dataset: data.Dataset, collate: data.Collate,
     with averaged(run.model, run.ema):
         found = evaluate.evaluate(run.model, dataset, collate, run.branch, amp=run.amp, title=split)
         figures = evaluate.summary(found, dataset.rows, run.config["model"]["queries"] > 1)
-        if selection(figures) > run.progress["best"]:
-            run.progress["best"] = selection(figures)
+        if (value := selection(figures)) > run.progress["best"]:
             best = {"model": run.model.state_dict(), "ema": {}, "config": run.config, "figures": figures}
-            save(run, "best.pt", {**best, **run.progress})
+            if save(run, "best.pt", {**best, **run.progress, "best": value}):
+                run.progress["best"] = value
     log.figures(split, figures)
 
 
@@ -285,7 +289,7 @@ def report_best(run: Run, rows: Sequence[data.Row], splits: dict, collate: data.
     for split, dataset in splits.items():
         found = evaluate.evaluate(model, dataset, collate, run.branch, amp=run.amp, title=split)
         figures = evaluate.summary(found, dataset.rows, grec)
-        log.figures(split, figures)
+        log.figures(split, figures, weights="best")
         if run.rank == 0:
             baseline = None if grec else evaluate.mean_box_accuracy(rows, dataset.rows)
             evaluate.print_table(split, figures, evaluate.by_kind(found, dataset.rows), baseline)
@@ -307,7 +311,7 @@ def train_step(run: Run, batch: list[data.Batch]) -> dict[str, Tensor]:
     factors = [settings[f"loss_{name}"] for name in ("decoder", "token_on_truth", "token_on_teacher")]
     queries, no_object = run.model.tqg.query_embed.num_embeddings, settings["no_object_weight"]
     counts = sum(losses.normalisers(b.box_mask, queries, no_object) for b in batch)
-    norm = losses.global_sum(counts) / run.world  # DDP averages the ranks' gradients
+    norm = losses.global_normalisers(counts)
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for i, b in enumerate(batch):
@@ -380,7 +384,10 @@ def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float, step: int
 @contextmanager
 def averaged(model: nn.Module, ema: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the model holds the averaged weights (where there are any)."""
-    kept = {name: p.detach().clone() for name, p in model.named_parameters()} if ema else {}
+    if not ema:
+        yield
+        return
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.load_state_dict({**model.state_dict(), **ema})
     yield
     model.load_state_dict({**model.state_dict(), **kept})
@@ -402,13 +409,15 @@ def is_due(epoch: int, settings: dict) -> bool:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train SimVG. Under torchrun it uses every rank.")
+    parser = argparse.ArgumentParser(
+        description="Train SimVG; under torchrun on every rank. A recipe is a name in configs.json, such as shapes."
+    )
     parser.add_argument("--config", required=True, metavar="FILE:NAME", help="such as configs.json:refcoco")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as train.lr=1e-4")
     parser.add_argument("--out", metavar="FOLDER", help="the run's folder (default: runs/NAME)")
     parser.add_argument("--init", metavar="FILE", help="start from BEiT-3, SimVG or official SimVG weights")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    return parser.parse_args()
+    return data.parse(parser)
 
 
 def peak_memory() -> int:
@@ -533,8 +542,9 @@ class Log:
             print(f"step {progress['step']}/{self.bar.total}  loss {row['total']:.3f}", file=sys.stderr, flush=True)
         self.sums, self.steps, self.waited, self.seconds = {}, 0, 0.0, 0.0
 
-    def figures(self, split: str, figures: dict[str, float]) -> None:
-        row = {"split": split, "epoch": self.run.progress["epoch"], "step": self.run.progress["step"]}
+    def figures(self, split: str, figures: dict[str, float], weights: str = "last") -> None:
+        progress = self.run.progress
+        row = {"split": split, "weights": weights, "epoch": progress["epoch"], "step": progress["step"]}
         self.write(row | {name: round(value, 6) for name, value in figures.items()})
         if self.run.rank == 0:
             shown = "  ".join(f"{k} {100 * v:.1f}" for k, v in figures.items() if not k.startswith("n"))

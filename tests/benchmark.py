@@ -96,7 +96,7 @@ def plain_encoder(
     text = encoder.text_embed(tokens) + encoder.text_positions[: tokens.shape[1]]
     x = torch.cat([image, text * (1 - text_pad[..., None].float())], dim=1)
     cut, readable = image.shape[1], F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]
-    keep = encoder.drop_path(images)
+    keep = encoder.keep_factors(len(images))
     for i, layer in enumerate(encoder.layers):
         x = plain_layer(layer, x, cut, readable, (1.0, 1.0) if keep is None else keep[i], attention, gelu)
     image, text = encoder.image_norm(x[:, :cut]), encoder.text_norm(x[:, cut:])

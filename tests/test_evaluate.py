@@ -17,7 +17,7 @@ def row(boxes: int, kind: str = "") -> data.Row:
 
 
 def result(correct: bool) -> evaluate.Result:
-    return evaluate.Result(correct, torch.zeros(1), torch.zeros(1, 4))
+    return evaluate.Result(correct, 1, torch.zeros(1), torch.zeros(1, 4))
 
 
 def test_accuracy_is_a_share_of_expressions_and_n_acc_of_those_without_a_target():
@@ -145,7 +145,7 @@ def test_the_printed_figures_are_those_of_the_last_training_rows(shapes, trained
         (("--ckpt", "runs/trained/best.pt", "--set", "data.tokenizer=none.spm"), "none.spm"),
         (("--ckpt", "runs/trained/best.pt", "--image", "none.jpg", "--text", "the star"), "none.jpg"),
         (("--ckpt", "runs/trained/best.pt", "--image", "configs.json", "--text", "the star"), "configs.json"),
-        (("--ckpt", "runs/trained/best.pt", "--image", "data/shapes/images/val_00000.jpg", "--text", " ?! "), "--text"),
+        (("--ckpt", "runs/trained/best.pt", "--image", "data/shapes/images/val_00000.jpg", "--text", " ?! "), "text:"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, expected, shapes, trained):
