@@ -425,9 +425,8 @@ class Tokenizer:
 
     def pieces(self, text: str, max_tokens: int = 20) -> list[str]:
         """What stands between <s> and </s>, as text."""
-        return [piece.replace("\u2581", " ").strip() for piece in self.model.encode(clean(text), out_type=str)][
-            : max_tokens - 2
-        ]
+        pieces = self.model.encode(clean(text), out_type=str)[: max_tokens - 2]
+        return [piece.replace("\u2581", " ").strip() for piece in pieces]
 
 
 # ------------------------------------------------------------------------------------------------------ images
@@ -461,7 +460,7 @@ def _fault(error: Exception) -> str:
 
 def read_image(path: str, size: tuple[int, int] | None = None, where: str = "") -> Tensor:
     """An image file -> (3, H, W) uint8 RGB, turned upright as EXIF says unless the row states the size of the file as
-    it lies on disk: then its boxes were drawn there (D13)."""
+    it lies on disk: then its boxes were drawn there (D13). Half turns change no size and are always made."""
     with open_image(path, size, where) as file:
         try:
             if file.format != "PNG" and (not size or size == upright_size(file)):

@@ -530,7 +530,7 @@ function show() {
   byId("shown").textContent = `${found.length} of ${whole}, page ${page + 1} of ${pages}`;
   byId("cards").replaceChildren();
   for (const row of found.slice(page * perPage, (page + 1) * perPage)) {
-    const c = make(byId("cards"), "div", undefined, row.right.includes(0) ? "card wrong" : "card");
+    const c = make(byId("cards"), "div", undefined, row.right.includes(false) ? "card wrong" : "card");
     const svg = draw(c, "svg", {viewBox: `0 0 ${1000 * row.aspect} 1000`}), address = data.pictures[row.image];
     const whole = {width: 1000 * row.aspect, height: 1000, preserveAspectRatio: "none"};
     if (address) draw(svg, "image", {href: address, ...whole});

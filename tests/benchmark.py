@@ -230,11 +230,14 @@ def example(settings: dict, batch: int, words: int = 20, targets: int = 1) -> da
 
 
 def check_equal(net: models.SimVG, batch: data.Batch) -> None:
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # else a GPU rounds to TF32, in another order each
     with torch.inference_mode():
         for branch in ("both", "token"):
             ours, plain = net(*batch[:3], branch), plain_forward(net, *batch[:3], branch)
             worst = max((a - b).abs().max().item() for a, b in zip(ours, plain, strict=True) if a is not None)
             assert worst < 1e-4, worst
+    torch.set_float32_matmul_precision(usual)
     print(f"outputs equal those of the baseline, largest difference {worst:.1e}")
 
 
@@ -265,14 +268,14 @@ class Table:
             print(f"{title + ', ' + name:46}{speed}{ratios}{mfu}{share}{memory}")
 
 
-def peak(call: Callable) -> float:
-    """Bytes of tensors at most, on a GPU."""
+def peak(call: Callable, before: int) -> float:
+    """Bytes of tensors at most on a GPU, without those that were there `before`."""
     torch.cuda.reset_peak_memory_stats()
     try:
         call()
     except torch.OutOfMemoryError:
         pass
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def model(size: str, batches: list[int], rounds: int) -> None:
@@ -294,13 +297,16 @@ def model(size: str, batches: list[int], rounds: int) -> None:
 
 @torch.inference_mode()
 def forward(table: Table, net: models.SimVG, batch: int, branch: str, rounds: int) -> None:
-    inputs = *example(table.settings, batch)[:3], branch
+    inputs, halved = (*example(table.settings, batch)[:3], branch), in_16_bits(net)
     calls = {f"plain {name}": partial(plain_forward, net, *inputs, amp) for name, amp in PRECISIONS.items()}
-    calls |= {"fp32": partial(net, *inputs), "bf16": partial(in_16_bits(net), *inputs, torch.bfloat16)}
+    calls |= {"fp32": partial(net, *inputs), "bf16": partial(halved, *inputs, torch.bfloat16)}
+    peaks = {}
     if DEVICE.type == "cuda":
-        calls["bf16 compiled"] = partial(compiled(in_16_bits(net)), *inputs, torch.bfloat16)
+        calls["bf16 compiled"] = partial(compiled(copy.deepcopy(halved)), *inputs, torch.bfloat16)
+        for name, call in calls.items():
+            weights = sum(p.nbytes for p in (halved if name.startswith("bf16") else net).parameters())
+            peaks[name] = peak(call, torch.cuda.memory_allocated() - weights)
     alone = {n: products(net, batch, 20, branch, amp or torch.float32) for n, amp in PRECISIONS.items()}
-    peaks = {name: peak(call) for name, call in calls.items()} if DEVICE.type == "cuda" else {}
     taken, work = medians(calls, rounds), flops(table.settings, 20, branch)
     table.rows(f"{branch} branch, batch {batch}", taken, batch, work, medians(alone, rounds), peaks)
 
@@ -321,13 +327,14 @@ def steps(table: Table, config: dict, batch: int, rounds: int) -> None:
     """Training steps with averaged weights; one kind after the other, since several optimisers need much memory."""
     inputs, config, taken, peaks = example(config["model"], batch), copy.deepcopy(config), {}, {}
     config["train"] |= {"batch_size": batch, "micro_batch": batch, "ema": True}
+    before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
     for kind in KINDS:
         run = build(config, "bf16" if "bf16" in kind else "", "compiled" in kind)
         if kind.startswith("plain"):
             run.optimizer = plain_adam(run.model)
         step = partial(plain_step if kind.startswith("plain") else our_step, run, inputs)
         if DEVICE.type == "cuda":
-            peaks[kind] = peak(step)
+            peaks[kind] = peak(step, before)
         taken |= medians({kind: step}, rounds)
         del run, step
     table.rows(f"training step, batch {batch}", taken, batch, 3 * flops(config["model"], 20, "both"), {}, peaks)
