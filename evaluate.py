@@ -705,7 +705,7 @@ def main() -> None:
     if args.config:
         config = data.load_config(args.config)
         config["model"] |= {"image_size": model.image_size, "queries": model.tqg.query_embed.num_embeddings}
-    elif kind.startswith("official"):
+    elif config is None:
         raise InputError(
             f"{args.ckpt}: an official checkpoint holds no config, name one: --config configs.json:refcoco"
         )

@@ -201,17 +201,16 @@ def simvg_loss(
         terms["decoder"] = decoder * loss
     if token_on_truth is not None or token_on_teacher is not None:
         student = output.token_logits[None], output.token_boxes[None]  # (1, B, Q, .)
-    weight = None
+    w_dt = None
     if token_on_teacher is not None:
-        answer = output.decoder_logits[-1].detach(), output.decoder_boxes[-1].detach()
-        weight = teacher_weight(*answer, boxes, matched[-1])
+        teacher_logits, teacher_boxes = output.decoder_logits[-1].detach(), output.decoder_boxes[-1].detach()
+        w_dt = teacher_weight(teacher_logits, teacher_boxes, boxes, matched[-1])
         # the teacher's targets: its boxes for the queries that found something
-        rematched = match(*student, answer[1], matched[-1] >= 0)
-        terms["token_on_teacher"] = (
-            token_on_teacher * weight * detection_loss(*student, answer[1], rematched, norm, no_object)
-        )
+        rematched = match(*student, teacher_boxes, matched[-1] >= 0)
+        loss = detection_loss(*student, teacher_boxes, rematched, norm, no_object)
+        terms["token_on_teacher"] = token_on_teacher * w_dt * loss
     if token_on_truth is not None:
         loss = detection_loss(*student, boxes, match(*student, boxes, box_mask), norm, no_object)
-        terms["token_on_truth"] = token_on_truth * loss * (1 if weight is None else 1 - weight)
+        terms["token_on_truth"] = token_on_truth * loss * (1 if w_dt is None else 1 - w_dt)
     terms["total"] = sum(terms.values())
-    return terms if weight is None else {**terms, "teacher_weight": weight}
+    return terms if w_dt is None else {**terms, "teacher_weight": w_dt}

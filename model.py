@@ -281,8 +281,10 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         # the only foreign objects met in official files: numpy's numbers, such as the best accuracy
         allowed = [np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch.load does not look at it
-            raise InputError(f"{path}: is damaged, the checksum of {damaged} is wrong")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():  # checksums, which torch.load does not look at
+                    raise InputError(f"{path}: is damaged, the checksum of {damaged} is wrong")
         with torch.serialization.safe_globals(allowed):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

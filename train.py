@@ -99,6 +99,8 @@ def main() -> None:
     stream = data.batches(train_set, collate, keys, section["workers"], pin=device.type == "cuda")
     per_step = settings["batch_size"] // world // micro  # micro-batches of one rank
     if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(config, indent=1))  # from here on the folder holds a run
         announce(run, keys.steps, micro)
     log = Log(run, keys.steps)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -513,12 +515,11 @@ class Log:
         self.bar = tqdm(total=total, initial=done, disable=quiet, unit="step", dynamic_ncols=True)
         if run.rank:
             return
-        run.out.mkdir(parents=True, exist_ok=True)
-        (run.out / "config.json").write_text(json.dumps(run.config, indent=1))
         if self.path.exists():  # a killed run may have written rows that its checkpoint knows nothing of
             rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
             again = run.progress["step_in_epoch"] == steps  # the evaluation of the epoch that just ended comes again
-            self.records = [r for r in rows if r["step"] < done + (r["split"] == "train" or not again)]
+            evaluated = done - 1 if again else done
+            self.records = [row for row in rows if row["step"] <= (done if row["split"] == "train" else evaluated)]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.records))
 
     def step(self, terms: dict[str, Tensor], waited: float, seconds: float) -> None:
