@@ -127,9 +127,10 @@ def evaluate(
     with tqdm(total=len(mine), desc=title, disable=None if title and rank == 0 else True, leave=False) as bar:
         while len(found) < len(mine):
             left = mine[len(found) :]
-            keys = [[(0, i) for i in left[s : s + batch_size]] for s in range(0, len(left), batch_size)]
             try:
-                for batch in data.batches(dataset, collate, keys, workers, pin=device.type == "cuda"):
+                for batch in data.batches(
+                    dataset, collate, in_batches(left, batch_size), workers, pin=device.type == "cuda"
+                ):
                     found |= answered(model, batch.to(device), branch, amp)
                     bar.update(len(batch.index))
             except torch.OutOfMemoryError:
@@ -143,6 +144,11 @@ def evaluate(
     model.train(training)
     assert len(found) == len(dataset), "an expression was counted twice or never"
     return [found[index] for index in range(len(dataset))]
+
+
+def in_batches(examples: Sequence[int], size: int) -> list[list[tuple[int, int]]]:
+    """The keys of `data.batches`, in order."""
+    return [[(0, i) for i in examples[start : start + size]] for start in range(0, len(examples), size)]
 
 
 def answered(
@@ -222,7 +228,7 @@ def ground(
     """
     picture = image if isinstance(image, Tensor) else data.read_image(str(image))
     for text in texts:
-        data.check_expression(text, "text")
+        data.check_expression(text, "--text")
     height, width = picture.shape[1:]
     device = model.mean.device
     tokens, text_pad = (x.to(device) for x in tokenizer(texts, max_tokens))  # (T, L)
@@ -305,19 +311,10 @@ class Shares(NamedTuple):
 
 def coverage(boxes: Tensor, grid: int) -> Tensor:
     """boxes (n, 4) xyxy in 0..1 -> (grid * grid,): the share of each patch that lies in a box."""
-    low = torch.arange(grid) / grid
-    x, y = (
-        (torch.minimum(boxes[:, i + 2, None], low + 1 / grid) - torch.maximum(boxes[:, i, None], low)).clamp(min=0)
-        * grid
-        for i in (0, 1)
-    )  # (n, grid) each
-    return (y[:, :, None] * x[:, None, :]).amax(0).flatten()
-
-
-def look(model: models.SimVG, *inputs: Tensor) -> tuple[models.Attention, Tensor]:
-    """The maps, and the decoder query of each example (B,) that is surest of its box."""
-    logits, _ = model(*inputs, "decoder").answers()["decoder"]  # (B, Q, 2)
-    return model.attention_maps(*inputs), (logits[..., 0] - logits[..., 1]).argmax(1)
+    low = (torch.arange(grid) / grid)[:, None]  # (grid, 1)
+    first, last = boxes[:, None, :2], boxes[:, None, 2:]  # (n, 1, 2)
+    inside = (torch.minimum(last, low + 1 / grid) - torch.maximum(first, low)).clamp(min=0) * grid  # (n, grid, 2)
+    return (inside[:, :, None, 1] * inside[:, None, :, 0]).amax(0).flatten()
 
 
 @torch.inference_mode()
@@ -328,14 +325,12 @@ def attention_shares(model: models.SimVG, dataset: data.Dataset, collate: data.C
     having = [i for i, row in enumerate(dataset.rows) if row.boxes][:count]
     if not having:
         raise InputError("--attention: no expression of this split has a target")
-    keys = [[(0, i) for i in having[s : s + 50]] for s in range(0, len(having), 50)]
-    for batch in data.batches(dataset, collate, keys, workers=0):
-        inputs = [x.to(device) for x in batch[:3]]
-        maps, best = look(model, *inputs)
-        for i in range(len(best)):
+    for batch in data.batches(dataset, collate, in_batches(having, 50), workers=0):
+        maps = model.attention_maps(*(x.to(device) for x in batch[:3]))
+        for i in range(len(batch.index)):
             truth = box_convert(batch.boxes[i, batch.box_mask[i]], "cxcywh", "xyxy")
             inside = coverage(truth, model.encoder.grid)  # (N,)
-            looks = torch.cat([maps.object_token[:, i], maps.queries[:, i, best[i]]]).cpu()  # (layers + K, N)
+            looks = torch.cat([maps.object_token[:, i], maps.queries[:, i, maps.best[i]]]).cpu()  # (layers + K, N)
             sums.append(torch.cat([inside.mean()[None], (looks * inside).sum(1) / looks.sum(1)]))
     area, *shares = torch.stack(sums).mean(0).split([1, len(maps.object_token), len(maps.queries)])
     return Shares(len(having), area.item(), *shares)
@@ -348,12 +343,11 @@ def draw_attention(
     """A row of pictures for each phrase: where the object token, the decoder's best query and each word look in the
     last layers (the decoder's means nothing in a checkpoint whose decoder was never trained)."""
     resized = data.resize(image, model.image_size, model.image_size).expand(len(texts), -1, -1, -1)
-    inputs = [x.to(model.mean.device) for x in (resized, *tokenizer(texts, max_tokens))]
-    maps, best = look(model, *inputs)
+    maps = model.attention_maps(*(x.to(model.mean.device) for x in (resized, *tokenizer(texts, max_tokens))))
     tiles = []
     for i, text in enumerate(texts):
         words = tokenizer.pieces(text, max_tokens)
-        looks = {"object token": maps.object_token[-1, i], "decoder query": maps.queries[-1, i, best[i]]}
+        looks = {"object token": maps.object_token[-1, i], "decoder query": maps.queries[-1, i, maps.best[i]]}
         looks |= {f"{j}: {word}": maps.words[-1, i, j + 1] for j, word in enumerate(words)}
         tiles.append([draw_heat(image, look.cpu(), f"{name} ({text})") for name, look in looks.items()])
     width = max(map(len, tiles))
@@ -383,12 +377,13 @@ def report(
     content = {"title": title, "splits": list(found), "rows": [], "pictures": {}, "curves": {}}
     for number, (split, (rows, results)) in enumerate(found.items()):
         sizes = [row.size or image_size(row.image) for row in rows]
+        truths = [true_boxes(row, size) for row, size in zip(rows, sizes, strict=True)]
         for i in tqdm(pictured(results), desc="pictures of the report", disable=None, leave=False):
             content["pictures"][rows[i].image] = thumbnail(rows[i])
-        for row, result, size in zip(rows, results, sizes, strict=True):
-            content["rows"].append({"split": number, **report_row(row, result, size, grec)})
+        for row, result, (width, height), truth in zip(rows, results, sizes, truths, strict=True):
+            shown = report_row(row, result, truth if grec else truth[:1])  # in REC the first one counts
+            content["rows"].append({"split": number, "aspect": round(width / height, 4), **shown})
         if grec:
-            truths = [true_boxes(row, size) for row, size in zip(rows, sizes, strict=True)]
             branches = {branch: [result[branch] for result in results] for branch in results[0]}
             content["curves"][split] = {branch: curve(truths, each) for branch, each in branches.items()}
     text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace(
@@ -469,6 +464,7 @@ for (const row of data.rows) {
   row.iou = mean(branches, b => row.branches[b].iou);
   row.score = mean(branches, b => Math.max(0, ...row.branches[b].scores));
   row.low = row.text.toLowerCase();
+  row.label = row.kind || "none";
 }
 const groups = {
   "": row => "all",
@@ -476,7 +472,7 @@ const groups = {
   "box, of the image": row => !row.truth.length ? "none" : row.area < .02 ? "0 to 2 %" : row.area < .1 ?
     "2 to 10 %" : row.area < .3 ? "10 to 30 %" : "30 % and more",
   "true boxes": row => row.truth.length < 3 ? String(row.truth.length) : "3 and more",
-  "kind": row => row.kind || "none",
+  "kind": row => row.label,
 };
 function tables() {
   byId("tables").replaceChildren();
@@ -517,7 +513,7 @@ function select() {
   const text = byId("search").value.toLowerCase();
   const rows = data.rows.filter(row => row.split == split);
   whole = rows.length;
-  found = rows.filter(row => tests[wrong](row.right) && (!kind || (row.kind || "none") === kind)
+  found = rows.filter(row => tests[wrong](row.right) && (!kind || row.label === kind)
     && (!count || String(row.truth.length) === count) && row.low.includes(text));
   if (order !== "file") found.sort((a, b) => a[order] - b[order]);
   if (reversed) found.reverse();
@@ -532,8 +528,8 @@ function show() {
   for (const row of found.slice(page * perPage, (page + 1) * perPage)) {
     const c = make(byId("cards"), "div", undefined, row.right.includes(false) ? "card wrong" : "card");
     const svg = draw(c, "svg", {viewBox: `0 0 ${1000 * row.aspect} 1000`}), address = data.pictures[row.image];
-    const whole = {width: 1000 * row.aspect, height: 1000, preserveAspectRatio: "none"};
-    if (address) draw(svg, "image", {href: address, ...whole});
+    const filling = {width: 1000 * row.aspect, height: 1000, preserveAspectRatio: "none"};
+    if (address) draw(svg, "image", {href: address, ...filling});
     const boxes = [...branches.map(b => [b, row.branches[b].boxes]), ["truth", row.truth]];
     for (const [name, list] of boxes) for (const [x1, y1, x2, y2] of list)
       draw(svg, "rect", {class: name, x: x1 * row.aspect, y: y1, width: (x2 - x1) * row.aspect, height: y2 - y1});
@@ -574,7 +570,7 @@ document.addEventListener("keydown", event => {
 document.querySelector("h1").textContent = document.title = data.title;
 choices("split", data.splits.map((name, i) => [i, name]));
 const distinct = value => [...new Set(data.rows.map(value))];
-choices("kind", distinct(row => row.kind || "none").sort().map(kind => [kind, kind]), "every kind");
+choices("kind", distinct(row => row.label).sort().map(kind => [kind, kind]), "every kind");
 const counts = distinct(row => row.truth.length).sort((a, b) => a - b);
 choices("count", counts.map(n => [n, n === 1 ? "1 true box" : `${n} true boxes`]), "any number");
 for (const b of ["decoder", "token"]) if (!branches.includes(b)) byId("wrong").querySelector(`[value=${b}]`).remove();
@@ -611,9 +607,9 @@ def image_size(path: str) -> tuple[int, int]:
         return data.upright_size(file)
 
 
-def report_row(row: data.Row, result: dict[str, Result], size: tuple[int, int], grec: bool) -> dict:
-    """What the page shows of one expression; boxes in thousandths of the image."""
-    truth, branches = true_boxes(row, size)[: None if grec else 1], {}  # in REC the first one counts
+def report_row(row: data.Row, result: dict[str, Result], truth: Tensor) -> dict:
+    """What the page shows of one expression with the true boxes (m, 4); boxes in thousandths of the image."""
+    branches = {}
     for branch, each in result.items():
         boxes, scores = (x[: each.answered].nan_to_num(0) for x in (each.boxes, each.scores))
         if len(truth) and len(boxes):
@@ -631,7 +627,6 @@ def report_row(row: data.Row, result: dict[str, Result], size: tuple[int, int], 
         "kind": row.kind,
         "image": row.image,
         "where": row.where,
-        "aspect": round(size[0] / size[1], 4),
         "truth": (1000 * truth).round().int().tolist(),
         "branches": branches,
     }
@@ -712,17 +707,14 @@ def main() -> None:
     if fixed := [pair for pair in args.set if pair.startswith("model.")]:
         raise InputError(f"--set {fixed[0]}: the checkpoint says what the model is")
     data.override_config(config, args.set)
-    if args.amp and not args.attention:
+    if args.amp and not args.attention:  # maps are drawn in float32
         models.keep_in_16_bits(model, models.AMP[args.amp])
     if rank == 0:
         print(f"{args.ckpt}: {kind}")
-    if args.attention and not args.image:
-        if rank == 0:
-            print_attention(args, model, config)
-    elif not args.image:
+    if args.image is None and not args.attention:
         evaluate_splits(args, model, config, rank)
     elif rank == 0:
-        ground_one(args, model, config)
+        (print_attention if args.image is None else ground_one)(args, model, config)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -770,10 +762,10 @@ def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict,
 
 def print_attention(args: argparse.Namespace, model: models.SimVG, config: dict) -> None:
     """The `Shares` of every split as a table, in percent."""
-    decodes = trained_branch(config["train"]) != "token"
+    decodes, collate = trained_branch(config["train"]) != "token", load_collate(config)
     for split in args.split or config["data"]["eval_splits"]:
         dataset = load_split(config, split)
-        shares = attention_shares(model, dataset, load_collate(config))
+        shares = attention_shares(model, dataset, collate)
         print(f"{split}, {shares.examples} expressions: the true box covers {100 * shares.area:.1f} % of the image")
         print("of the attention that falls on patches, % inside the true box, layer by layer:")
         for name, values in (("object token", shares.object_token), ("decoder query", shares.query))[: 1 + decodes]:
@@ -837,7 +829,7 @@ def parse_arguments() -> argparse.Namespace:
     args = data.parse(parser)
     if (args.image is None) != (args.text is None):
         parser.error("--image and --text go together")
-    if args.report and (args.image or args.attention):
+    if args.report and (args.image is not None or args.attention):
         parser.error("--report goes with the evaluation of splits")
     if args.report and not Path(args.report).absolute().parent.is_dir():
         parser.error(f"--report {args.report}: there is no such folder")

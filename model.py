@@ -55,6 +55,7 @@ class Attention(NamedTuple):
     object_token: Tensor  # (layers, B, N) of the encoder
     words: Tensor  # (layers, B, L, N) of the encoder, padding included
     queries: Tensor  # (K, B, Q, N) of the decoder branch
+    best: Tensor  # (B,) the query that is surest of its box
 
 
 class DecoderLayer(nn.Module):
@@ -245,8 +246,14 @@ class SimVG(nn.Module):
         maps = self.encoder.attention_maps(images, tokens, text_pad)  # (layers, B, T, T)
         N = self.encoder.grid**2
         _, image, text = self.encoder(images, tokens, text_pad)
-        queries = self.decoder_branch.attention_maps(image, self.tqg(text, text_pad))
-        return Attention(maps[:, :, 0, 1 : 1 + N], maps[:, :, 1 + N :, 1 : 1 + N], queries)
+        queries = self.tqg(text, text_pad)
+        logits = self.decoder_branch(image, queries)[0][-1]  # (B, Q, 2)
+        return Attention(
+            object_token=maps[:, :, 0, 1 : 1 + N],
+            words=maps[:, :, 1 + N :, 1 : 1 + N],
+            queries=self.decoder_branch.attention_maps(image, queries),
+            best=(logits[..., 0] - logits[..., 1]).argmax(1),
+        )
 
 
 def keep_in_16_bits(model: SimVG, amp: torch.dtype) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -85,12 +86,11 @@ def one(args: argparse.Namespace) -> None:
     settings = [f"train.seed={args.seed}", f"train.epochs={args.epochs}", *VARIANTS[args.variant]]
     init = None
     if args.variant == "SimVG in two stages":
-        first = args.epochs / 2
+        second = args.epochs // 2
         init = out.with_name(f"{out.name}-first") / "best.pt"
-        start(args.config, init.parent, [*settings, *NO_TOKEN, f"train.epochs={int(first + 0.5)}"])
-        settings += [f"train.epochs={int(first)}", "train.warmup_epochs=0"]
-    piece = PIECES.get(args.variant)
-    with piece or patch.dict({}):
+        start(args.config, init.parent, [*settings, *NO_TOKEN, f"train.epochs={args.epochs - second}"])
+        settings += [f"train.epochs={second}", "train.warmup_epochs=0"]
+    with PIECES.get(args.variant, nullcontext()):
         start(args.config, out, settings, init)
 
 

@@ -325,8 +325,7 @@ def compiled(net: models.SimVG) -> models.SimVG:
 
 def steps(table: Table, config: dict, batch: int, rounds: int) -> None:
     """Training steps with averaged weights; one kind after the other, since several optimisers need much memory."""
-    inputs, config, taken, peaks = example(config["model"], batch), copy.deepcopy(config), {}, {}
-    config["train"] |= {"batch_size": batch, "micro_batch": batch, "ema": True}
+    inputs, taken, peaks = example(config["model"], batch), {}, {}
     before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
     for kind in KINDS:
         run = build(config, "bf16" if "bf16" in kind else "", "compiled" in kind)
@@ -370,7 +369,7 @@ def end_to_end(table: Table, net: models.SimVG, batch: int, rounds: int) -> None
             return random._replace(images=torch.stack([e[0] for e in examples]), index=[e[3] for e in examples])
 
         def plain(amp: torch.dtype | None) -> None:
-            keys = [[(0, i) for i in range(s, min(s + batch, len(rows)))] for s in range(0, len(rows), batch)]
+            keys = evaluate.in_batches(range(len(rows)), batch)
             random = example(table.settings, batch)
             for images in torch.utils.data.DataLoader(PlainLoader(rows, size), None, sampler=keys, num_workers=workers):
                 x = random._replace(images=images.to(DEVICE))
@@ -391,7 +390,6 @@ def end_to_end(table: Table, net: models.SimVG, batch: int, rounds: int) -> None
 def kernels(size: str, batch: int) -> None:
     """The five operations that a training step in bf16 spends most time in."""
     config = data.load_config(f"{CONFIGS}:refcoco{'-large' if size == 'large' else ''}")
-    config["train"] |= {"batch_size": batch, "micro_batch": batch}
     run, inputs = build(config, "bf16"), example(config["model"], batch)
     our_step(run, inputs)
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE.type == "cuda")
@@ -475,18 +473,14 @@ def matching(batch: int = 32, queries: int = 10, layers: int = 3, rounds: int = 
     g = torch.Generator().manual_seed(1)
     logits = torch.randn(layers, batch, queries, 2, generator=g).to(DEVICE).requires_grad_()
     raw = torch.randn(layers, batch, queries, 4, generator=g).to(DEVICE).requires_grad_()
-    kept = losses.match
 
     def step() -> None:
         output = models.Output(logits, raw.sigmoid(), logits[-1], raw[-1].sigmoid())
         losses.simvg_loss(output, inputs.boxes, inputs.box_mask)["total"].backward()
 
     def usual() -> None:
-        losses.match = usual_match
-        try:
+        with patch.object(losses, "match", usual_match):
             step()
-        finally:
-            losses.match = kept
 
     with torch.no_grad():
         arguments = logits, raw.sigmoid(), inputs.boxes, inputs.box_mask
@@ -546,7 +540,7 @@ def photos(folder: Path, count: int = 32) -> list[dict]:
     return rows
 
 
-def photo_rows(folder: str, size: int = 640) -> list[data.Row]:
+def photo_rows(folder: str) -> list[data.Row]:
     (Path(folder) / "train.jsonl").write_text("\n".join(map(json.dumps, photos(Path(folder)))))
     section = {"annotations": f"{folder}/{{split}}.jsonl", "images": folder, "sources": {}}
     return data.read_rows(section, "train")
