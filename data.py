@@ -616,9 +616,8 @@ class StepKeys:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first_epoch, first_step = self.start
         for epoch in range(first_epoch, self.epochs):
-            order = torch.randperm(
-                self.rows, generator=torch.Generator().manual_seed(hash((self.seed, epoch)))
-            ).tolist()
+            generator = torch.Generator().manual_seed(hash((self.seed, epoch)))  # of integers: the same everywhere
+            order = torch.randperm(self.rows, generator=generator).tolist()
             for step in range(first_step if epoch == first_epoch else 0, self.steps):
                 numbers = [order[i % self.rows] for i in range(step * self.batch, (step + 1) * self.batch)][self.share]
                 for i in range(0, len(numbers), self.micro):
@@ -774,20 +773,21 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch, ExitStack() as stack:
             files: dict[str, TextIO] = {}
-            for each in chain.from_iterable(map(read_foreign, map(Path, sources))):
-                if each.split not in files:
-                    target = Path(to.replace("{split}", each.split))
+            for named in chain.from_iterable(map(read_foreign, map(Path, sources))):
+                split = named.split
+                if split not in files:
+                    target = Path(to.replace("{split}", split))
                     if target.exists():
                         raise InputError(f"{target}: is there already, nothing was written")
-                    files[each.split] = stack.enter_context(open(Path(scratch) / target.name, "w", encoding="utf-8"))
-                    counts[each.split], images[each.split] = Counter(), set()
-                counts[each.split]["expressions"] += 1
-                counts[each.split][("none", "one", "many")[min(len(each.boxes), 2)]] += 1
-                images[each.split].add(each.image)
-                if each.split == "train":
-                    together.setdefault(each.key, []).append(each)
+                    files[split] = stack.enter_context(open(Path(scratch) / target.name, "w", encoding="utf-8"))
+                    counts[split], images[split] = Counter(), set()
+                counts[split]["expressions"] += 1
+                counts[split][("none", "one", "many")[min(len(named.boxes), 2)]] += 1
+                images[split].add(named.image)
+                if split == "train":
+                    together.setdefault(named.key, []).append(named)
                 else:
-                    files[each.split].write(_json_line([each]))
+                    files[split].write(_json_line([named]))
             if not files:
                 raise InputError(f"{', '.join(sources)}: no expression in there")
             for expressions in together.values():
@@ -804,10 +804,10 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
 
 def _json_line(together: Sequence[Named]) -> str:
     first = together[0]
-    each = [named.boxes for named in together]
+    boxes = [named.boxes for named in together]
     image = os.path.basename(first.image) if isinstance(first.image, str) else first.image
     row = {"image": image, "expressions": [named.expression for named in together]}
-    row["boxes"] = first.boxes if all(boxes == first.boxes for boxes in each) else each
+    row["boxes"] = first.boxes if all(own == first.boxes for own in boxes) else boxes
     if first.size:
         row |= {"width": first.size[0], "height": first.size[1]}
     if first.source:
@@ -845,14 +845,14 @@ def read_foreign(path: Path) -> Iterator[Named]:
             raise
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{where}: is not as a row of this layout should be: {error!r:.150}") from None
-        for each in found:
-            if not isinstance(each.image, str | int) or not re.fullmatch(r"\w+", str(each.split)):
-                raise InputError(f"{where}: {each.image!r:.60} of {each.split!r:.60} is no image of a split")
-            check_size(each.size, where)
-            check_expression(each.expression, where)
-            for box in each.boxes:
-                check_box(box, each.size, where)
-            yield each._replace(key=(path, str(each.key)))
+        for named in found:
+            if not isinstance(named.image, str | int) or not re.fullmatch(r"\w+", str(named.split)):
+                raise InputError(f"{where}: {named.image!r:.60} of {named.split!r:.60} is no image of a split")
+            check_size(named.size, where)
+            check_expression(named.expression, where)
+            for box in named.boxes:
+                check_box(box, named.size, where)
+            yield named._replace(key=(path, str(named.key)))
 
 
 def _layout(path: Path) -> tuple[Sequence | Iterator, Callable[[str, Any], list[Named]]]:

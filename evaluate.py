@@ -82,7 +82,7 @@ class Result(NamedTuple):
     boxes: Tensor  # (n, 4) xyxy in 0..1
 
 
-def results(logits: Tensor, boxes: Tensor, truth: Tensor, truth_mask: Tensor, size: int) -> list[Result]:
+def judge(logits: Tensor, boxes: Tensor, truth: Tensor, truth_mask: Tensor, size: int) -> list[Result]:
     """logits (B, Q, 2), boxes (B, Q, 4), truth (B, M, 4), truth_mask (B, M) -> B results, compared at `size` pixels."""
     scores = logits.float().softmax(-1)[..., 0]  # (B, Q)
     answers, truth = (box_convert(x.float(), "cxcywh", "xyxy") for x in (boxes, truth))
@@ -91,14 +91,14 @@ def results(logits: Tensor, boxes: Tensor, truth: Tensor, truth_mask: Tensor, si
         # REC has one target; the mixed sets may state several, then the first counts
         correct = rec_correct(answers[:, 0] * size, truth[:, 0] * size) & truth_mask[:, 0]
         return [Result(bool(c), 1, s, b) for c, s, b in zip(correct, scores.cpu(), answers.cpu(), strict=True)]
-    found = []
+    results = []
     for s, b, t, mask in zip(scores.cpu(), answers.cpu(), truth.cpu(), truth_mask.cpu(), strict=True):
         solid = (b[:, 2:] > b[:, :2]).all(1)  # boxes clipped away count as not answered
         s, order = s[solid].sort(descending=True)
         b = b[solid][order]
         correct = grec_correct(s, b * size, t[mask] * size)
-        found.append(Result(correct, int((s.double() >= THRESHOLD).sum()), s, b))
-    return found
+        results.append(Result(correct, int((s.double() >= THRESHOLD).sum()), s, b))
+    return results
 
 
 # -------------------------------------------------------------------------------------------------- evaluation
@@ -123,15 +123,15 @@ def evaluate(
     device, training = model.mean.device, model.training
     model.eval()
     mine = range(rank, len(dataset), world)
-    found: dict[int, dict[str, Result]] = {}
+    results: dict[int, dict[str, Result]] = {}
     with tqdm(total=len(mine), desc=title, disable=None if title and rank == 0 else True, leave=False) as bar:
-        while len(found) < len(mine):
-            left = mine[len(found) :]
+        while len(results) < len(mine):
+            left = mine[len(results) :]
             try:
                 for batch in data.batches(
                     dataset, collate, in_batches(left, batch_size), workers, pin=device.type == "cuda"
                 ):
-                    found |= answered(model, batch.to(device), branch, amp)
+                    results |= judge_batch(model, batch.to(device), branch, amp)
                     bar.update(len(batch.index))
             except torch.OutOfMemoryError:
                 if batch_size == 1:
@@ -139,11 +139,11 @@ def evaluate(
                 batch_size //= 2
     if world > 1:
         parts: list = [None] * world
-        dist.all_gather_object(parts, found)
-        found = {index: result for part in parts for index, result in part.items()}
+        dist.all_gather_object(parts, results)
+        results = {index: result for part in parts for index, result in part.items()}
     model.train(training)
-    assert len(found) == len(dataset), "an expression was counted twice or never"
-    return [found[index] for index in range(len(dataset))]
+    assert len(results) == len(dataset), "an expression was counted twice or never"
+    return [results[index] for index in range(len(dataset))]
 
 
 def in_batches(examples: Sequence[int], size: int) -> list[list[tuple[int, int]]]:
@@ -151,36 +151,35 @@ def in_batches(examples: Sequence[int], size: int) -> list[list[tuple[int, int]]
     return [[(0, i) for i in examples[start : start + size]] for start in range(0, len(examples), size)]
 
 
-def answered(
+def judge_batch(
     model: models.SimVG, batch: data.Batch, branch: str, amp: torch.dtype | None
 ) -> dict[int, dict[str, Result]]:
     """{example: {branch: Result}} of one batch."""
     output = model(batch.images, batch.tokens, batch.text_pad, branch, amp)
     branches = {
-        name: results(*answer, batch.boxes, batch.box_mask, model.image_size)
-        for name, answer in output.answers().items()
+        name: judge(*answer, batch.boxes, batch.box_mask, model.image_size) for name, answer in output.answers().items()
     }
-    return {index: {name: each[i] for name, each in branches.items()} for i, index in enumerate(batch.index)}
+    return {index: {name: results[i] for name, results in branches.items()} for i, index in enumerate(batch.index)}
 
 
-def summary(found: Sequence[dict[str, Result]], rows: Sequence[data.Row], grec: bool) -> dict[str, float]:
+def summary(results: Sequence[dict[str, Result]], rows: Sequence[data.Row], grec: bool) -> dict[str, float]:
     """The figures of a split: n, {branch}_acc, or n, n_none, {branch}_f1, {branch}_nacc for gREC."""
     none = [not row.boxes for row in rows]
     figures: dict[str, float] = {"n": len(rows)}
     if grec:
         figures["n_none"] = sum(none)
-    for branch in found[0]:
-        correct = [result[branch].correct for result in found]
+    for branch in results[0]:
+        correct = [result[branch].correct for result in results]
         figures[f"{branch}_{'f1' if grec else 'acc'}"] = sum(correct) / len(rows)
         if grec and any(none):
             figures[f"{branch}_nacc"] = sum(c for c, n in zip(correct, none, strict=True) if n) / sum(none)
     return figures
 
 
-def by_kind(found: Sequence[dict[str, Result]], rows: Sequence[data.Row]) -> dict[str, dict[str, float]]:
+def by_kind(results: Sequence[dict[str, Result]], rows: Sequence[data.Row]) -> dict[str, dict[str, float]]:
     """kind -> {"n", branch: share of correct answers}: by the rows' `kind` and by their number of targets."""
     kinds: dict[str, list] = {}
-    for result, row in zip(found, rows, strict=True):
+    for result, row in zip(results, rows, strict=True):
         count = ("no target", "one target", "several targets")[min(len(row.boxes), 2)]
         for kind in filter(None, (row.kind, count)):
             kinds.setdefault(kind, []).append(result)
@@ -238,13 +237,13 @@ def ground(
     every_score = logits.softmax(-1)[..., 0].cpu()  # (T, Q)
     scale = torch.tensor([width, height, width, height])
     every_box = clip_boxes_to_image(box_convert(boxes.cpu(), "cxcywh", "xyxy") * scale, (height, width))
-    found = []
+    answers = []
     for scores, boxes in zip(every_score, every_box, strict=True):
         kept = scores.argsort(descending=True)
         if len(scores) > 1:
             kept = kept[(scores[kept].double() >= threshold) & (boxes[kept, 2:] > boxes[kept, :2]).all(1)]
-        found.append((boxes[kept], scores[kept]))
-    return found
+        answers.append((boxes[kept], scores[kept]))
+    return answers
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -255,14 +254,13 @@ def true_boxes(row: data.Row, size: tuple[int, int]) -> Tensor:
     return (data.clip_boxes(row.boxes, *size) / torch.tensor([*size, *size])).float()
 
 
-def draw_page(rows: Sequence[data.Row], found: Sequence[dict[str, Result]], path: Path) -> None:
+def draw_page(rows: Sequence[data.Row], results: Sequence[dict[str, Result]], path: Path) -> None:
     """A page of examples: the true boxes and each branch's."""
     tiles = []
-    for i, row in enumerate(rows):
+    for row, result in zip(rows, results, strict=True):
         image = data.read_image(row.image, row.size, row.where)
-        shown = {"truth": true_boxes(row, (image.shape[2], image.shape[1]))} | {
-            n: result.boxes[: result.answered] for n, result in found[i].items()
-        }
+        shown = {"truth": true_boxes(row, (image.shape[2], image.shape[1]))}
+        shown |= {branch: answer.boxes[: answer.answered] for branch, answer in result.items()}
         tiles.append(data.draw(image, shown, row.expression))
     data.tile(tiles, path, columns=4)
 
@@ -371,11 +369,11 @@ STEPS = 20  # thresholds of a gREC curve
 
 
 def report(
-    path: str, title: str, found: dict[str, tuple[Sequence[data.Row], Sequence[dict[str, Result]]]], grec: bool
+    path: str, title: str, splits: dict[str, tuple[Sequence[data.Row], Sequence[dict[str, Result]]]], grec: bool
 ) -> None:
-    """One HTML file that needs nothing else. `found`: split -> its rows and their results."""
-    content = {"title": title, "splits": list(found), "rows": [], "pictures": {}, "curves": {}}
-    for number, (split, (rows, results)) in enumerate(found.items()):
+    """One HTML file that needs nothing else. `splits`: name -> its rows and their results."""
+    content = {"title": title, "splits": list(splits), "rows": [], "pictures": {}, "curves": {}}
+    for number, (split, (rows, results)) in enumerate(splits.items()):
         sizes = [row.size or image_size(row.image) for row in rows]
         truths = [true_boxes(row, size) for row, size in zip(rows, sizes, strict=True)]
         for i in tqdm(pictured(results), desc="pictures of the report", disable=None, leave=False):
@@ -386,9 +384,8 @@ def report(
         if grec:
             branches = {branch: [result[branch] for result in results] for branch in results[0]}
             content["curves"][split] = {branch: curve(truths, each) for branch, each in branches.items()}
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace(
-        "<", "\\u003c"
-    )  # no expression can end the script
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c")  # no expression can end the script
     part = Path(f"{path}.part")
     part.write_text(PAGE.replace("CONTENT", text))
     part.replace(path)
@@ -587,7 +584,7 @@ select();
 
 def pictured(results: Sequence[dict[str, Result]]) -> set[int]:
     """Wrong and right answers, spread evenly over the split."""
-    wrong = [i for i, result in enumerate(results) if not all(each.correct for each in result.values())]
+    wrong = [i for i, result in enumerate(results) if not all(answer.correct for answer in result.values())]
     right = sorted(set(range(len(results))) - set(wrong))
     return {group[k * len(group) // PICTURES] for group in (wrong, right) if group for k in range(PICTURES)}
 
@@ -610,14 +607,14 @@ def image_size(path: str) -> tuple[int, int]:
 def report_row(row: data.Row, result: dict[str, Result], truth: Tensor) -> dict:
     """What the page shows of one expression with the true boxes (m, 4); boxes in thousandths of the image."""
     branches = {}
-    for branch, each in result.items():
-        boxes, scores = (x[: each.answered].nan_to_num(0) for x in (each.boxes, each.scores))
+    for branch, answer in result.items():
+        boxes, scores = (x[: answer.answered].nan_to_num(0) for x in (answer.boxes, answer.scores))
         if len(truth) and len(boxes):
             iou = box_iou(truth, boxes).nan_to_num(0).amax(1).mean().item()
         else:
             iou = float(len(truth) == len(boxes))
         branches[branch] = {
-            "right": each.correct,
+            "right": answer.correct,
             "iou": round(iou, 3),
             "scores": [round(score, 3) for score in scores.tolist()],
             "boxes": (1000 * boxes).round().int().tolist(),
@@ -638,7 +635,8 @@ def curve(truths: Sequence[Tensor], results: Sequence[Result]) -> list[list[floa
     points, without = [], sum(not len(truth) for truth in truths)
     for threshold in (step / STEPS for step in range(1, STEPS)):
         correct = [
-            grec_correct(each.scores, each.boxes, truth, threshold) for truth, each in zip(truths, results, strict=True)
+            grec_correct(result.scores, result.boxes, truth, threshold)
+            for truth, result in zip(truths, results, strict=True)
         ]
         none = sum(right for right, truth in zip(correct, truths, strict=True) if not len(truth))
         points.append([threshold, sum(correct) / len(truths), none / without if without else None])
@@ -711,10 +709,14 @@ def main() -> None:
         models.keep_in_16_bits(model, models.AMP[args.amp])
     if rank == 0:
         print(f"{args.ckpt}: {kind}")
-    if args.image is None and not args.attention:
+    if args.image is not None:
+        if rank == 0:
+            ground_one(args, model, config)
+    elif args.attention:
+        if rank == 0:
+            print_attention(args, model, config)
+    else:
         evaluate_splits(args, model, config, rank)
-    elif rank == 0:
-        (print_attention if args.image is None else ground_one)(args, model, config)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -749,12 +751,12 @@ def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict,
     for split in args.split or config["data"]["eval_splits"]:
         dataset = load_split(config, split)
         workers, amp = config["data"]["workers"], models.AMP[args.amp]
-        found = evaluate(model, dataset, collate, branch, workers=workers, amp=amp, title=split)
-        figures = summary(found, dataset.rows, config["model"]["queries"] > 1)
+        results = evaluate(model, dataset, collate, branch, workers=workers, amp=amp, title=split)
+        figures = summary(results, dataset.rows, config["model"]["queries"] > 1)
         if rank == 0:
-            print_table(split, figures, by_kind(found, dataset.rows))
+            print_table(split, figures, by_kind(results, dataset.rows))
             print(json.dumps({"split": split, **figures}))
-            everything[split] = dataset.rows, found
+            everything[split] = dataset.rows, results
     if args.report and rank == 0:
         report(args.report, args.ckpt, everything, config["model"]["queries"] > 1)
         print(f"report: {args.report}")

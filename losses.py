@@ -147,16 +147,16 @@ def detection_loss(
 
     logits (K, B, Q, 2), boxes (K, B, Q, 4), targets (B, M, 4), matched (K, B, Q) as `match` gives it, norm (2,).
     """
-    found = matched >= 0  # (K, B, Q)
+    has_target = matched >= 0  # (K, B, Q)
     first = torch.arange(2, device=logits.device) == 0
     weight = torch.where(first, 1.0, no_object).to(logits)  # made on the device: no wait for a copy
     # flattened: cross entropy over a middle dimension has no deterministic CUDA kernel
-    label = torch.where(found, 0, 1).flatten()
+    label = torch.where(has_target, 0, 1).flatten()
     cross_entropy = F.cross_entropy(logits.flatten(0, 2), label, weight, reduction="sum")
     index = matched.clamp(min=0)[..., None].expand(-1, -1, -1, 4)  # (K, B, Q, 4)
     wanted = targets.expand(len(boxes), -1, -1, -1).gather(2, index)  # (K, B, Q, 4)
-    l1 = ((boxes - wanted).abs().sum(-1) * found).sum()
-    giou = ((1 - iou_giou(boxes, wanted)[1]) * found).sum()
+    l1 = ((boxes - wanted).abs().sum(-1) * has_target).sum()
+    giou = ((1 - iou_giou(boxes, wanted)[1]) * has_target).sum()
     return CLASS * cross_entropy / norm[1] + (L1 * l1 + GIOU * giou) / norm[0]
 
 
@@ -166,10 +166,10 @@ def teacher_weight(logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tens
 
     logits (B, Q, 2), boxes (B, Q, 4), targets (B, M, 4), matched (B, Q). One number for the batch of all ranks.
     """
-    found = matched >= 0
+    has_target = matched >= 0  # (B, Q)
     wanted = targets.gather(1, matched.clamp(min=0)[..., None].expand(-1, -1, 4))  # (B, Q, 4)
-    quality = iou_giou(boxes, wanted)[0] * logits.softmax(-1)[..., 0] * found  # (B, Q)
-    total, count = global_sum(torch.stack([quality.sum(), found.sum().float()]))
+    quality = iou_giou(boxes, wanted)[0] * logits.softmax(-1)[..., 0] * has_target  # (B, Q)
+    total, count = global_sum(torch.stack([quality.sum(), has_target.sum().float()]))
     return total / count.clamp(min=1)
 
 
@@ -177,40 +177,42 @@ def simvg_loss(
     output: Output,
     boxes: Tensor,
     box_mask: Tensor,
-    decoder: float | None = 1.0,
-    token_on_truth: float | None = 2.0,
-    token_on_teacher: float | None = 1.0,
+    decoder_factor: float | None = 1.0,
+    truth_factor: float | None = 2.0,
+    teacher_factor: float | None = 1.0,
     no_object: float = NO_OBJECT,
     norm: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The training loss, boxes (B, M, 4) and box_mask (B, M) being the truth. Scalars that add up to `total`.
+    """The training loss, boxes (B, M, 4) and box_mask (B, M) being the truth. Scalars that add up to `total`:
 
-    A factor of None leaves its term out (and needs no output of that branch). With a teacher this is DWBD, Eq. 7:
-    token_on_teacher * W_dt * L_det(token, decoder's boxes) + token_on_truth * (1 - W_dt) * L_det(token, truth) (D1);
-    without, the token branch simply learns from the truth. `norm` is what `global_normalisers` gives for the whole
-    step; it is worked out here if this batch is the whole step.
+        decoder_factor * L_det(decoder, truth)
+        + teacher_factor * W_dt * L_det(token, decoder's boxes) + truth_factor * (1 - W_dt) * L_det(token, truth)
+
+    The second line is DWBD, Eq. 7 (D1). A factor of None leaves its term out, and a branch in no term need not
+    have run; without a teacher there is no W_dt, the token branch simply learns from the truth. `norm` is what
+    `global_normalisers` gives for the whole step; it is worked out here if this batch is the whole step.
     """
     logits = output.decoder_logits if output.token_logits is None else output.token_logits
     if norm is None:
         norm = global_normalisers(normalisers(box_mask, logits.shape[-2], no_object))
     terms = {}
-    if decoder is not None or token_on_teacher is not None:
+    if decoder_factor is not None or teacher_factor is not None:
         matched = match(output.decoder_logits, output.decoder_boxes, boxes, box_mask)
-    if decoder is not None:
+    if decoder_factor is not None:
         loss = detection_loss(output.decoder_logits, output.decoder_boxes, boxes, matched, norm, no_object)
-        terms["decoder"] = decoder * loss
-    if token_on_truth is not None or token_on_teacher is not None:
+        terms["decoder"] = decoder_factor * loss
+    if truth_factor is not None or teacher_factor is not None:
         student = output.token_logits[None], output.token_boxes[None]  # (1, B, Q, .)
     w_dt = None
-    if token_on_teacher is not None:
+    if teacher_factor is not None:
         teacher_logits, teacher_boxes = output.decoder_logits[-1].detach(), output.decoder_boxes[-1].detach()
         w_dt = teacher_weight(teacher_logits, teacher_boxes, boxes, matched[-1])
         # the teacher's targets: its boxes for the queries that found something
         rematched = match(*student, teacher_boxes, matched[-1] >= 0)
         loss = detection_loss(*student, teacher_boxes, rematched, norm, no_object)
-        terms["token_on_teacher"] = token_on_teacher * w_dt * loss
-    if token_on_truth is not None:
+        terms["token_on_teacher"] = teacher_factor * w_dt * loss
+    if truth_factor is not None:
         loss = detection_loss(*student, boxes, match(*student, boxes, box_mask), norm, no_object)
-        terms["token_on_truth"] = token_on_truth * loss * (1 if w_dt is None else 1 - w_dt)
+        terms["token_on_truth"] = truth_factor * loss * (1 if w_dt is None else 1 - w_dt)
     terms["total"] = sum(terms.values())
     return terms if w_dt is None else {**terms, "teacher_weight": w_dt}

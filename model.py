@@ -478,11 +478,11 @@ def main() -> None:
     ).eval()
 
     def stage(name: str, value: Tensor, *owners: nn.Module | nn.Parameter) -> None:
-        each = [
+        counts = [
             owner.numel() if isinstance(owner, Tensor) else sum(p.numel() for p in owner.parameters())
             for owner in owners
         ]
-        print(f"{name:42} {str(tuple(value.shape)):18}" + (f"{sum(each):>12,}" if owners else ""))
+        print(f"{name:42} {str(tuple(value.shape)):18}" + (f"{sum(counts):>12,}" if owners else ""))
 
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     tokens = torch.tensor([[0, 7, 8, 9, 2, 1], [0, 7, 8, 9, 10, 2]])  # <s> the left dog </s> <pad>

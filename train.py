@@ -276,8 +276,8 @@ def not_finite(run: Run, batch: data.Batch) -> list[int]:
 def validate(run: Run, split: str, dataset: data.Dataset, collate: data.Collate, log: "Log") -> None:
     """Evaluate (the averaged weights, where there are any) and keep the best as best.pt."""
     with averaged(run.model, run.ema):
-        found = evaluate.evaluate(run.model, dataset, collate, run.branch, amp=run.amp, title=split)
-        figures = evaluate.summary(found, dataset.rows, run.config["model"]["queries"] > 1)
+        results = evaluate.evaluate(run.model, dataset, collate, run.branch, amp=run.amp, title=split)
+        figures = evaluate.summary(results, dataset.rows, run.config["model"]["queries"] > 1)
         if (value := selection(figures)) > run.progress["best"]:
             best = {"model": run.model.state_dict(), "ema": {}, "config": run.config, "figures": figures}
             if save(run, "best.pt", {**best, **run.progress, "best": value}):
@@ -289,13 +289,13 @@ def report_best(run: Run, rows: Sequence[data.Row], splits: dict, collate: data.
     """Evaluate best.pt on every split: a table each, and pictures of the last split."""
     model, grec = models.load(run.out / "best.pt", run.model.mean.device), run.config["model"]["queries"] > 1
     for split, dataset in splits.items():
-        found = evaluate.evaluate(model, dataset, collate, run.branch, amp=run.amp, title=split)
-        figures = evaluate.summary(found, dataset.rows, grec)
+        results = evaluate.evaluate(model, dataset, collate, run.branch, amp=run.amp, title=split)
+        figures = evaluate.summary(results, dataset.rows, grec)
         log.figures(split, figures, weights="best")
         if run.rank == 0:
             baseline = None if grec else evaluate.mean_box_accuracy(rows, dataset.rows)
-            evaluate.print_table(split, figures, evaluate.by_kind(found, dataset.rows), baseline)
-            evaluate.draw_page(dataset.rows[:16], found[:16], run.out / "samples.png")
+            evaluate.print_table(split, figures, evaluate.by_kind(results, dataset.rows), baseline)
+            evaluate.draw_page(dataset.rows[:16], results[:16], run.out / "samples.png")
     if run.rank == 0:
         evaluate.draw_curves(log.records, run.out / "curves.png")
         print(f"weights: {run.out}/best.pt   pictures: {run.out}/samples.png {run.out}/curves.png")
@@ -350,7 +350,7 @@ def make_optimizer(model: models.SimVG, settings: dict) -> torch.optim.Optimizer
 
 
 def lr_factor(
-    epoch: float, warmup_epochs: float, decay_epochs: Sequence[int] | None, decay_factor: float, epochs: int = 0
+    epoch: float, warmup_epochs: float, decay_epochs: Sequence[int] | None, decay_factor: float, epochs: int
 ) -> float:
     """What the learning rate is multiplied by in an epoch (from 0): a staircase of warm-up, then steps down.
 

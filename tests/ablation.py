@@ -110,9 +110,12 @@ def table(out: Path, variants: Sequence[str]) -> str:
     for variant in variants:
         cells = []
         for branch in evaluate.BRANCHES:
-            found = [accuracy(rows(out, variant, seed, "test", "best")[-1], branch) for seed in SEEDS]
-            each = ", ".join(f"{value:.1f}" for value in found if value)
-            cells.append(f"{statistics.mean(found):.2f} ± {statistics.stdev(found):.2f} ({each})" if each else "")
+            values = [accuracy(rows(out, variant, seed, "test", "best")[-1], branch) for seed in SEEDS]
+            if None in values:
+                cells.append("")
+                continue
+            seeds = ", ".join(f"{value:.1f}" for value in values)
+            cells.append(f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({seeds})")
         lines.append(f"| {variant} | {cells[0]} | {cells[1]} |")
     return "\n".join(lines)
 
@@ -128,9 +131,10 @@ def curves(out: Path, path: Path) -> None:
     evaluate.draw_panel(pen, 10, list(weights.values()), [f"W_dt, seed {seed}" for seed in SEEDS])
     shown: dict[int, dict] = {}
     for variant in ("token branch alone", "both, no distillation", "both, plain distillation", SIMVG):
-        for each in zip(*(rows(out, variant, seed, "val", "last") for seed in SEEDS), strict=True):
-            step = each[0]["step"]
-            shown.setdefault(step, {"step": step})[variant] = statistics.mean(accuracy(row, "token") for row in each)
+        for evaluated in zip(*(rows(out, variant, seed, "val", "last") for seed in SEEDS), strict=True):
+            step = evaluated[0]["step"]
+            mean = statistics.mean(accuracy(row, "token") for row in evaluated)
+            shown.setdefault(step, {"step": step})[variant] = mean
     evaluate.draw_panel(pen, 270, list(shown.values()), list(next(iter(shown.values())))[1:])
     page.save(path)
 

@@ -375,7 +375,7 @@ def end_to_end(table: Table, net: models.SimVG, batch: int, rounds: int) -> None
                 x = random._replace(images=images.to(DEVICE))
                 output = plain_forward(net, *(each[: len(images)] for each in x[:3]), "both", amp)
                 for i in range(len(images)):
-                    evaluate.results(output[2][i : i + 1], output[3][i : i + 1], x.boxes[:1], x.box_mask[:1], size)
+                    evaluate.judge(output[2][i : i + 1], output[3][i : i + 1], x.boxes[:1], x.box_mask[:1], size)
 
         nets = {None: net, torch.bfloat16: in_16_bits(net)}
         calls = {f"plain {name}": partial(plain, amp) for name, amp in PRECISIONS.items()}

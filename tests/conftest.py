@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -70,17 +71,24 @@ def start(shapes: Path, out: str, *more: str, config: str = "shapes", ranks: int
     line = ["train.py", "--config", f"{ROOT}/configs.json:{config}", "--out", out, *flags, "--set", *settings]
     if ranks > 1 or status:
         return program(*line, cwd=shapes, ranks=ranks, status=status)
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, signals_kept():
         patch.chdir(shapes)
         patch.setattr("sys.argv", line)
         try:
             train.main()
         except SystemExit as ended:
             assert ended.code == 0
-        finally:
-            for number, handler in kept.items():
-                signal.signal(number, handler)
+
+
+@contextmanager
+def signals_kept():
+    """train.py in this process takes SIGTERM and Ctrl-C for itself; afterwards they are pytest's again."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def command_line(*arguments: str, ranks: int = 1) -> list[str]:

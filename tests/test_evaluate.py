@@ -97,7 +97,7 @@ def test_several_phrases_at_once_are_answered_as_one_by_one(branch, shapes):
 def test_where_memory_runs_out_evaluation_goes_on_with_half_the_batch(shapes, monkeypatch):
     rows = data.expand(data.read_rows(shapes_section(shapes), "val"))[:21]
     collate = data.Collate(data.Tokenizer(shapes / "data/shapes/shapes.spm"), 10)
-    dataset, sizes, whole = data.Dataset(rows, 32), [], evaluate.answered
+    dataset, sizes, whole = data.Dataset(rows, 32), [], evaluate.judge_batch
 
     def tight(model, batch, *rest):
         sizes.append(len(batch.index))
@@ -106,7 +106,7 @@ def test_where_memory_runs_out_evaluation_goes_on_with_half_the_batch(shapes, mo
         return whole(model, batch, *rest)
 
     expected = evaluate.evaluate(tiny_model(), dataset, collate)
-    monkeypatch.setattr(evaluate, "answered", tight)
+    monkeypatch.setattr(evaluate, "judge_batch", tight)
     found = evaluate.evaluate(tiny_model(), dataset, collate, batch_size=16)
     assert sizes == [16, 8, 4, 4, 4, 4, 4, 1]
     assert [r["token"].correct for r in found] == [r["token"].correct for r in expected]

@@ -82,7 +82,7 @@ def test_losses_matching_and_gradients(case, kind, tmp_path):
     boxes, mask = targets(f"{case}_{kind}", tensors)
     output = model(*inputs(case, forward), branch="decoder" if kind == "decoder_only" else "both")
     terms = losses.simvg_loss(output, boxes, mask, *FACTORS[kind])
-    assert float(terms["total"]) == pytest.approx(about["losses"]["loss_total"], rel=1e-5)
+    assert terms["total"].item() == pytest.approx(about["losses"]["loss_total"], rel=1e-5)
     if "loss_distill_w" in about["losses"]:
         assert float(terms["teacher_weight"]) == pytest.approx(about["losses"]["loss_distill_w"], rel=1e-5)
 

@@ -58,7 +58,7 @@ def test_the_curve_at_the_threshold_of_the_table_has_the_table_s_figures():
     truth, mask = torch.rand(200, 3, 4, generator=g) * 0.3 + 0.2, torch.rand(200, 3, generator=g) > 0.6
     boxes = torch.cat([truth, torch.rand(200, 2, 4, generator=g) * 0.3 + 0.2], 1)
     certain = torch.cat([mask.float() * 4 - 2 + 2 * torch.randn(200, 3, generator=g), -3 * torch.ones(200, 2)], 1)
-    found = evaluate.results(torch.stack([certain, -certain], -1), boxes, truth, mask, 640)
+    found = evaluate.judge(torch.stack([certain, -certain], -1), boxes, truth, mask, 640)
     truths = [evaluate.box_convert(t[m], "cxcywh", "xyxy") for t, m in zip(truth, mask, strict=True)]
     points = {round(threshold, 3): rest for threshold, *rest in evaluate.curve(truths, found)}
     none = [each.correct for each, m in zip(found, mask, strict=True) if not m.any()]
