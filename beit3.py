@@ -146,7 +146,9 @@ class BEiT3(nn.Module):
     def embed(self, images: Tensor, tokens: Tensor, text_pad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 1: image (B, 1+N, D), text (B, L, D), and readable (B, 1, 1, 1+N+L), which is False for padding."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
-        image = torch.cat([self.object_token.expand(len(images), -1, -1), patches], dim=1) + self.image_positions
+        # flattened: for one example DDP would warn of its gradient's strides
+        object_token = self.object_token.flatten().expand(len(images), 1, -1)  # (B, 1, D)
+        image = torch.cat([object_token, patches], dim=1) + self.image_positions
         text = self.text_embed(tokens) + self.text_positions[: tokens.shape[1]]  # (B, L, D)
         text = text.masked_fill(text_pad[..., None], 0)
         readable = F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, 1+N+L)
