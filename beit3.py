@@ -1,14 +1,16 @@
 """The BEiT-3 multiway encoder: one transformer, two sets of weights (arXiv 2208.10442; SimVG Sec. 3.1, Eq. 1).
 
     images (B, 3, S, S) float, tokens (B, L) int64, text_pad (B, L) bool, True = padding
-      -> object token (B, D), image tokens (B, N, D), text tokens (B, L, D)      N = (S / patch)^2
+      -> object token (B, D), image tokens (B, N, D), text tokens (B, L, D)
+
+B batch, N = (S / patch)^2 patches, L words, T = 1 + N + L, D width, H heads.
 
 Every layer holds an image expert (object token and patches) and a text expert (words). The two meet only in
 the attention, where every token sees every token. The residual streams of image and text therefore stay two
 tensors, and no split position has to be passed around.
 
-Differences from torchscale's code: two streams instead of one cut in 8 places, scaled_dot_product_attention,
-the unused mask token and the two unused rows of each position table are left out.
+Differences from torchscale's code: two streams instead of one that is cut in 8 places; scaled_dot_product_attention;
+without the unused mask token and the two unused rows of each position table.
 """
 
 import math
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-TEXT_POSITIONS = 1022  # rows of the text position table in every released BEiT-3
+TEXT_POSITIONS = 1022  # of every released BEiT-3, without the two rows of its table that are never read
 
 
 class Expert(nn.Module):
@@ -54,25 +56,26 @@ class MultiwayLayer(nn.Module):
     def forward(
         self, image: Tensor, text: Tensor, readable: Tensor, keep: Tensor | None = None, object_only: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """image (B, 1+N, D), text (B, L, D), readable (B, 1, 1, 1+N+L) bool -> the updated image and text.
+        """image (B, 1+N, D), text (B, L, D), readable (B, 1, 1, T) bool -> the updated image and text.
 
         `keep` (2, B, 1, 1) scales what attention and feed-forward add, see `BEiT3.keep_factors`. With `object_only` the
-        patches are still read, but only the object token's row is updated: (B, 1, D).
+        patches are still read, but of the image only the object token is updated and returned: (B, 1, D).
         """
         h_image, h_text = self.image.attn_norm(image), self.text.attn_norm(text)
-        k = self._join(self.image.k(h_image), self.text.k(h_text))  # (B, H, 1+N+L, D/H)
+        k = self._join(self.image.k(h_image), self.text.k(h_text))  # (B, H, T, D/H)
         v = self._join(self.image.v(h_image), self.text.v(h_text))
         if object_only:
             image, h_image = image[:, :1], h_image[:, :1]  # (B, 1, D)
         q = self._join(self.image.q(h_image), self.text.q(h_text))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=readable)
-        attended = attended.transpose(1, 2).flatten(2)  # (B, 1+N+L, D)
+        attended = attended.transpose(1, 2).flatten(2)  # (B, T, D); with object_only (B, 1+L, D)
         a_image, a_text = attended.split([image.shape[1], text.shape[1]], dim=1)
 
         image = _add(image, self.image.attention_output(a_image), keep, 0)
         text = _add(text, self.text.attention_output(a_text), keep, 0)
         image = _add(image, self.image.feed_forward(image), keep, 1)
-        return image, _add(text, self.text.feed_forward(text), keep, 1)
+        text = _add(text, self.text.feed_forward(text), keep, 1)
+        return image, text
 
     def attention_map(self, image: Tensor, text: Tensor, readable: Tensor) -> Tensor:
         """Where each token looks in this layer, for pictures: (B, T, T), rows add up to 1, the mean of the heads."""
@@ -83,8 +86,8 @@ class MultiwayLayer(nn.Module):
         return scores.masked_fill(~readable, -torch.inf).softmax(-1).mean(1)
 
     def _join(self, image: Tensor, text: Tensor) -> Tensor:
-        joined = torch.cat([image, text], dim=1)  # (B, 1+N+L, D)
-        return joined.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, 1+N+L, D/H)
+        joined = torch.cat([image, text], dim=1)  # (B, T, D)
+        return joined.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
 
 
 def _add(x: Tensor, change: Tensor, keep: Tensor | None, half: int) -> Tensor:
@@ -114,7 +117,7 @@ class BEiT3(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights to train from scratch with (D7): without them a small model stays at the mean box for long."""
+        """Weights to train from scratch with (D7): without them a small model stays at the mean box for a long time."""
         for name, layer in self.layers.named_modules():
             if isinstance(layer, nn.Linear):
                 # what is written to the residual stream starts small, so that the first steps see the input
@@ -134,8 +137,8 @@ class BEiT3(nn.Module):
         image, text, readable = self.embed(images, tokens, text_pad)
         keep = self.keep_factors(len(images))
         for i, layer in enumerate(self.layers):
-            last = i == len(self.layers) - 1
-            inputs = image, text, readable, None if keep is None else keep[i], object_only and last
+            last, layer_keep = i == len(self.layers) - 1, None if keep is None else keep[i]
+            inputs = image, text, readable, layer_keep, object_only and last
             if self.checkpointing and torch.is_grad_enabled():
                 image, text = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -144,18 +147,18 @@ class BEiT3(nn.Module):
         return image[:, 0], image[:, 1:], text
 
     def embed(self, images: Tensor, tokens: Tensor, text_pad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Eq. 1: image (B, 1+N, D), text (B, L, D), and readable (B, 1, 1, 1+N+L), which is False for padding."""
+        """Eq. 1: image (B, 1+N, D), text (B, L, D), and readable (B, 1, 1, T), which is False for padding."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
         # flattened: for one example DDP would warn of its gradient's strides
         object_token = self.object_token.flatten().expand(len(images), 1, -1)  # (B, 1, D)
         image = torch.cat([object_token, patches], dim=1) + self.image_positions
         text = self.text_embed(tokens) + self.text_positions[: tokens.shape[1]]  # (B, L, D)
         text = text.masked_fill(text_pad[..., None], 0)
-        readable = F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, 1+N+L)
+        readable = F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, T)
         return image, text, readable
 
     def attention_maps(self, images: Tensor, tokens: Tensor, text_pad: Tensor) -> Tensor:
-        """Where each token looks in every layer, for pictures: (layers, B, T, T), T = 1+N+L, padding included."""
+        """Where each token looks in every layer, for pictures: (layers, B, T, T), padding included."""
         image, text, readable = self.embed(images, tokens, text_pad)
         maps = []
         for layer in self.layers:
@@ -165,11 +168,11 @@ class BEiT3(nn.Module):
 
     def keep_factors(self, batch: int) -> Tensor | None:
         """Drop path. In training (layers, 2, B, 1, 1): 0 for the samples whose residual branch is skipped, else
-        1 / probability to keep it. Drawn out here, since numbers that differ from layer to layer would have each
-        compiled by itself."""
+        1 / the probability of keeping it. Drawn here and not in the layers, since torch.compile would compile each
+        layer anew for a rate of its own."""
         if not self.training or not self.drops:
             return None
-        keep = 1 - self.drop_rates[:, None, None, None, None]
+        keep = 1 - self.drop_rates[:, None, None, None, None]  # (layers, 1, 1, 1, 1)
         return torch.bernoulli(keep.expand(-1, 2, batch, 1, 1)) / keep
 
 
@@ -233,10 +236,11 @@ def convert(official: dict[str, Tensor]) -> dict[str, Tensor]:
         if name == UNUSED:
             continue
         if name.startswith("encoder.layers."):
-            index, rest = name.removeprefix("encoder.layers.").split(".", 1)
-            expert = re.search(r"\.([AB])(?=\.)", rest)
-            part, leaf = re.sub(r"\.[AB](?=\.)", "", rest).rsplit(".", 1)
-            ours[f"layers.{index}.{_EXPERTS[expert[1]]}.{_LAYER_NAMES[part]}.{leaf}"] = value
+            # encoder.layers.0.self_attn.q_proj.A.weight, encoder.layers.0.ffn.A.fc1.weight
+            parts = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+?)\.([AB])(.*)\.(weight|bias)", name)
+            if parts is None or parts[2] + parts[4] not in _LAYER_NAMES:
+                raise KeyError(name)
+            ours[f"layers.{parts[1]}.{_EXPERTS[parts[3]]}.{_LAYER_NAMES[parts[2] + parts[4]]}.{parts[5]}"] = value
         elif "embed_positions" in name:
             ours[_OUTER_NAMES[name]] = value[2:]  # fairseq starts to count at 2: the first two rows are never read
         else:
@@ -263,7 +267,7 @@ def resize_pretrained(state_dict: dict[str, Tensor], grid: int, patch: int) -> d
     fitted = dict(state_dict)
     for name, value in state_dict.items():
         if name.endswith("encoder.embed_positions.A.weight"):
-            fitted[name] = resize_positions(value, grid, extra=3)
+            fitted[name] = resize_positions(value, grid, extra=3)  # two rows never read, and the object token's
         elif name.endswith("vision_embed.proj.weight") and value.shape[-1] != patch:
             fitted[name] = F.interpolate(value.float(), size=(patch, patch), mode="bicubic", align_corners=False)
     return fitted

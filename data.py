@@ -3,6 +3,10 @@
     row  {"image", "expressions", "boxes"} of a JSON Lines file, or an official instances.json
       -> Row -> an example (uint8 image, expression, boxes) -> augment, resize -> Batch (padded tensors)
 
+    python data.py check --config configs.json:refcoco --images     count what is there, name what is wrong
+    python data.py show --config configs.json:refcoco               a page of examples
+    python data.py convert FILE ... --to PATTERN                    other annotation layouts to JSON Lines
+
 Whatever is drawn at random is a function of (seed, epoch, index), so that ranks, workers and restarts change nothing.
 """
 
@@ -41,7 +45,7 @@ from PIL import Image, ImageDraw, ImageOps
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, clip_boxes_to_image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
@@ -86,7 +90,7 @@ def parse(parser: argparse.ArgumentParser, jobs: Sequence[argparse.ArgumentParse
             break
         name = word.partition("=")[0]
         if name.startswith("--") and not any(option.startswith(name) for option in known):
-            parser.error(f"there is no {name}, {nearest(name, sorted(known))}")
+            parser.error(f"there is no {name}, {nearest(name, list(known))}")
     return parser.parse_args()
 
 
@@ -97,7 +101,7 @@ def nearest(word: str, words: Sequence[str]) -> str:
 
 # ----------------------------------------------------------------------------------------------------- configs
 
-# keys that may also be null: there is no such term, step or augmentation
+# keys that may also be null, which leaves that loss term, decay or augmentation out
 OPTIONAL = ("loss_decoder", "loss_token_on_truth", "loss_token_on_teacher", "decay_epochs", "jitter")
 
 
@@ -105,7 +109,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> dict:
     """`configs.json:refcoco` and `["train.lr=1e-4"]` -> {"model": {...}, "data": {...}, "train": {...}}.
 
     A config is the fragment `default`, then the fragments its name stands for, then the overrides, whose values
-    are JSON or else a string. `default` is the schema. InputError for an unknown name or key, or another type.
+    are JSON or else a string. `default` is the schema. InputError: unknown name or key, or a value of another type.
     """
     path, _, name = spec.rpartition(":")
     if not path:
@@ -187,23 +191,23 @@ class Row:
         return self.choices[0][1]
 
 
-def read_rows(data: dict, split: str) -> list[Row]:
-    """The rows of one split. `data` is that section of a config; its `annotations` names either a JSON Lines file
-    with {split} in its name or an official instances.json, which holds every split.
+def read_rows(settings: dict, split: str) -> list[Row]:
+    """The rows of one split. `settings` is the section `data` of a config; its `annotations` names either a JSON Lines
+    file with {split} in its name or an official instances.json, which holds every split.
 
     InputError names file and line of the first malformed row.
     """
     rows = []
-    for row in scan_rows(data, split):
+    for row in scan_rows(settings, split):
         if isinstance(row, InputError):
             raise row
         rows.append(row)
     return rows
 
 
-def scan_rows(data: dict, split: str) -> Iterator[Row | InputError]:
+def scan_rows(settings: dict, split: str) -> Iterator[Row | InputError]:
     """Every row of a split, or what is wrong with it. InputError is raised where the file itself is wrong."""
-    path = Path(data["annotations"].replace("{split}", split))
+    path = Path(settings["annotations"].replace("{split}", split))
     found = False
     if path.suffix == ".json":
         splits = read_json(path)
@@ -219,7 +223,7 @@ def scan_rows(data: dict, split: str) -> Iterator[Row | InputError]:
             yield row
             continue
         try:
-            yield _row(row, where, data)
+            yield _row(row, where, settings)
         except InputError as error:
             yield error
     if not found:
@@ -251,7 +255,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _row(row: object, where: str, data: dict) -> Row:
+def _row(row: object, where: str, settings: dict) -> Row:
     """A row of either form -> Row; InputError says what is wrong with it."""
     if not isinstance(row, dict) or not ({"image", "boxes"} <= row.keys() or {"image_id", "bbox"} <= row.keys()):
         raise InputError(f'{where}: expected an object with "image", "expressions" and "boxes"')
@@ -266,14 +270,13 @@ def _row(row: object, where: str, data: dict) -> Row:
     if size == (None, None):
         size = None
     check_size(size, where)
-    for expression, each in zip(expressions, boxes, strict=True):
+    choices = []
+    for expression, own in zip(expressions, boxes, strict=True):
         check_expression(expression, where)
-        for box in each:
+        for box in own:
             check_box(box, size, where)
-    choices = tuple(
-        (e, tuple(tuple(map(float, box)) for box in each)) for e, each in zip(expressions, boxes, strict=True)
-    )
-    return Row(_image_path(image, source, data, where), choices, size, str(row.get("kind", "")), where)
+        choices.append((expression, tuple(tuple(map(float, box)) for box in own)))
+    return Row(_image_path(image, source, settings, where), tuple(choices), size, str(row.get("kind", "")), where)
 
 
 def _boxes_of_each(boxes: object, expressions: int, where: str) -> list:
@@ -301,11 +304,11 @@ def _official_boxes(row: dict, where: str) -> list:
         raise InputError(f"{where}: is not a gRefCOCO row of instances.json: {error!r}") from None
 
 
-def _image_path(image: object, source: object, data: dict, where: str) -> str:
+def _image_path(image: object, source: object, settings: dict, where: str) -> str:
     """A file name in a folder, or a number in a pattern such as `folder/COCO_train2014_{:012d}.jpg`."""
-    if source is not None and (not isinstance(source, str) or source not in data["sources"]):
+    if source is not None and (not isinstance(source, str) or source not in settings["sources"]):
         raise InputError(f"{where}: source {source!r} has no folder in data.sources")
-    pattern = data["images"] if source is None else data["sources"][source]
+    pattern = settings["images"] if source is None else settings["sources"][source]
     if isinstance(image, str) and image.isprintable() and image:
         return os.path.join(os.path.dirname(pattern) if "{" in pattern else pattern, image)
     if type(image) is not int:
@@ -315,7 +318,9 @@ def _image_path(image: object, source: object, data: dict, where: str) -> str:
     try:
         return pattern.format(image)
     except (LookupError, ValueError):
-        raise InputError(f"{pattern}: is not a pattern for file names such as .../{{:012d}}.jpg") from None
+        raise InputError(
+            f"{pattern}: is not a pattern for file names such as .../{{:012d}}.jpg (data.images)"
+        ) from None
 
 
 def check_expression(expression: object, where: str) -> None:
@@ -323,7 +328,7 @@ def check_expression(expression: object, where: str) -> None:
     if not isinstance(expression, str) or not clean(expression).strip():
         raise InputError(f"{where}: an expression must be a text with at least one word, not {expression!r:.60}")
     if re.search("[\ud800-\udfff]", expression):
-        raise InputError(f"{where}: the expression {expression!r:.60} holds half a character")
+        raise InputError(f"{where}: the expression {expression!r:.60} holds a character that UTF-8 cannot write")
 
 
 def check_size(size: tuple | None, where: str) -> None:
@@ -336,8 +341,8 @@ def check_box(box: object, size: tuple[int, int] | None, where: str) -> None:
 
     What reaches out is clipped later, as in the official loader; some published sets (Visual Genome) have such boxes.
     """
-    numbers = isinstance(box, (list, tuple)) and len(box) == 4
-    if not numbers or not all(type(v) in (int, float) and abs(v) < 1e9 for v in box):
+    four = isinstance(box, (list, tuple)) and len(box) == 4
+    if not four or not all(type(v) in (int, float) and abs(v) < 1e9 for v in box):
         raise InputError(f"{where}: a box must be [x, y, w, h] in pixels, not {box!r:.60}")
     x, y, w, h = box
     if w <= 0 or h <= 0:
@@ -348,7 +353,7 @@ def check_box(box: object, size: tuple[int, int] | None, where: str) -> None:
         ]
         if inside[0] * inside[1] < w * h / 2:
             of = f"the image of {size[0]} x {size[1]} pixels"
-            raise InputError(f"{where}: box {list(box)} lies outside {of} (expected [x, y, w, h])")
+            raise InputError(f"{where}: box {list(box)}: more than half lies outside {of} (expected [x, y, w, h])")
 
 
 def check_files(rows: Sequence[Row]) -> None:
@@ -363,7 +368,7 @@ def check_files(rows: Sequence[Row]) -> None:
 
 
 def image_faults(rows: Sequence[Row], depth: str) -> list[InputError]:
-    """What is wrong with images, a fault each, looking at their "names", their "headers" or all their "pixels"."""
+    """What is wrong with images, one fault each at most, looking at "names", at "headers" or at all "pixels"."""
     by_image: dict[str, list[Row]] = {}
     for row in rows:
         by_image.setdefault(row.image, []).append(row)
@@ -372,19 +377,22 @@ def image_faults(rows: Sequence[Row], depth: str) -> list[InputError]:
         try:
             if not os.path.isfile(group[0].image):
                 return InputError(f"{group[0].where}: there is no image {group[0].image}")
-            for row in {row.size: row for row in group}.values() if depth != "names" else ():
+            if depth == "names":
+                return None
+            for row in {row.size: row for row in group}.values():  # a row for each size that is stated
                 with open_image(row.image, row.size, row.where) as file:
                     upright = upright_size(file)
                 if depth == "pixels":
                     read_image(row.image, row.size, row.where)
-            for row in group if depth != "names" else ():
-                for box in [box for _, boxes in row.choices for box in boxes if row.size is None]:
-                    check_box(box, upright, row.where)
+            for row in group:
+                if row.size is None:  # else its boxes were checked when it was read
+                    for box in (box for _, boxes in row.choices for box in boxes):
+                        check_box(box, upright, row.where)
         except InputError as error:
             return error
         return None
 
-    with ThreadPoolExecutor() as pool:  # reading and decoding wait outside of Python's lock
+    with ThreadPoolExecutor() as pool:  # reading and decoding release Python's lock
         found = tqdm(pool.map(fault, by_image.values()), "images", len(by_image), disable=None, leave=False)
         return [error for error in found if error]
 
@@ -449,9 +457,11 @@ def open_image(path: str, size: tuple[int, int] | None = None, where: str = "") 
 
 
 def upright_size(file: Image.Image) -> tuple[int, int]:
-    if file.format == "PNG":  # may have its EXIF behind the pixels, which would all be decoded for it: not looked at
+    """(width, height) once EXIF has turned the picture."""
+    if file.format == "PNG":  # its EXIF may lie behind the pixels, which would all be decoded to find it
         return file.size
-    return file.size[:: -1 if file.getexif().get(ORIENTATION, 1) >= 5 else 1]  # from 5 on: turned by a quarter
+    quarter_turn = file.getexif().get(ORIENTATION, 1) >= 5
+    return file.size[::-1] if quarter_turn else file.size
 
 
 def _fault(error: Exception) -> str:
@@ -481,8 +491,10 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image[None], size=(height, width), mode="bilinear", align_corners=False)[0]
 
 
-def jitter(image: Tensor, boxes: Tensor, limits: tuple[float, float], long_side: int, rng: random.Random):
-    """Large-scale jitter: image (3, H, W), boxes (n, 4) xyxy pixels -> the same, other sizes.
+def large_scale_jitter(
+    image: Tensor, boxes: Tensor, limits: Sequence[float], long_side: int, rng: random.Random
+) -> tuple[Tensor, Tensor]:
+    """image (3, H, W), boxes (n, 4) xyxy pixels -> both after the jitter, the image of another size.
 
     The scale s is uniform in `limits`. s <= 1 shrinks the image to s * long_side (a blur, since it is resized
     again); s > 1 cuts out a window of 1/s of each side that keeps at least half of every box, and the whole image
@@ -502,7 +514,7 @@ def jitter(image: Tensor, boxes: Tensor, limits: tuple[float, float], long_side:
         for _ in range(20):
             x, y = rng.randint(0, width - crop_width), rng.randint(0, height - crop_height)
             kept = boxes - torch.tensor([x, y, x, y])
-            kept = torch.stack([kept[:, 0::2].clamp(0, crop_width), kept[:, 1::2].clamp(0, crop_height)], 2).flatten(1)
+            kept = clip_boxes_to_image(kept, (crop_height, crop_width))
             if ((kept[:, 2:] - kept[:, :2]).prod(1) >= threshold * area).all():
                 return image[:, y : y + crop_height, x : x + crop_width], kept
     return image, boxes
@@ -542,7 +554,7 @@ class Dataset:
         height, width = image.shape[1:]
         boxes = clip_boxes(xywh, width, height)  # (n, 4) xyxy
         if self.jitter:
-            image, boxes = jitter(image, boxes, self.jitter, self.image_size, rng)
+            image, boxes = large_scale_jitter(image, boxes, self.jitter, self.image_size, rng)
             height, width = image.shape[1:]
         boxes = box_convert(boxes, "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
         return resize(image, self.image_size, self.image_size), expression, boxes.float(), index
@@ -551,7 +563,7 @@ class Dataset:
 def clip_boxes(xywh: Sequence[Box], width: int, height: int) -> Tensor:
     """xywh pixels -> (n, 4) xyxy float64, clipped to [0, width-1] x [0, height-1] as the official loader does."""
     boxes = box_convert(torch.tensor(xywh, dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy")
-    return torch.stack([boxes[:, 0::2].clamp(0, width - 1), boxes[:, 1::2].clamp(0, height - 1)], 2).flatten(1)
+    return clip_boxes_to_image(boxes, (height - 1, width - 1))
 
 
 class Collate:
@@ -584,7 +596,8 @@ class _Guarded:
 
 
 def batches(dataset: Dataset, collate: Collate, keys: Sequence, workers: int, pin: bool = False) -> Iterator[Batch]:
-    """Batches of the examples `keys`, an iterable of lists of (epoch, index), from at most a worker a core."""
+    """Batches of the examples `keys`, an iterable of lists of (epoch, index), with at most a worker per core.
+    InputError where an example cannot be read, or a worker was killed."""
     workers = min(workers, os.cpu_count() or 1)
     loader = DataLoader(
         _Guarded(dataset, collate),
@@ -595,10 +608,15 @@ def batches(dataset: Dataset, collate: Collate, keys: Sequence, workers: int, pi
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),  # else the loader would draw from the global generator
     )
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError("a loader process was killed: out of memory or of /dev/shm? lower data.workers") from None
 
 
 class StepKeys:
@@ -616,7 +634,7 @@ class StepKeys:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first_epoch, first_step = self.start
         for epoch in range(first_epoch, self.epochs):
-            generator = torch.Generator().manual_seed(hash((self.seed, epoch)))  # of integers: the same everywhere
+            generator = torch.Generator().manual_seed(hash((self.seed, epoch)))  # not salted: the same everywhere
             order = torch.randperm(self.rows, generator=generator).tolist()
             for step in range(first_step if epoch == first_epoch else 0, self.steps):
                 numbers = [order[i % self.rows] for i in range(step * self.batch, (step + 1) * self.batch)][self.share]
@@ -678,26 +696,31 @@ def show(config: dict, split: str, number: int, path: str) -> None:
 
 CHECKED = (
     *("rows", "images", "expressions", "- without a target", "- with one", "- with several"),
-    *("- said before of the same boxes", "- too long, so cut", "- with a box over the image's edge", "faults"),
+    *("- repeated for the same boxes", "- too long, so cut", "- with a box over the image's edge", "faults"),
 )
 
 
 def check(config: dict, splits: Sequence[str], decode: bool) -> None:
-    """Print what the splits hold and up to 20 faults, by row; InputError where there is one. `decode` opens images."""
-    section, faults, table = config["data"], [], {}
-    tokenizer, room = Tokenizer(section["tokenizer"]), section["max_tokens"] - 2
+    """Print what the splits hold and up to 20 faults, by row; InputError where there is one. With `decode`
+    every image is decoded."""
+    settings, faults, table = config["data"], [], {}
+    tokenizer, room = Tokenizer(settings["tokenizer"]), settings["max_tokens"] - 2
     for split in splits:
         rows, seen, before = [], set(), len(faults)
-        for row in scan_rows(section, split):
-            (faults if isinstance(row, InputError) else rows).append(row)
+        for row in scan_rows(settings, split):
+            if isinstance(row, InputError):
+                faults.append(row)
+            else:
+                rows.append(row)
         faults += image_faults(rows, "pixels" if decode else "names")
         count = table[split] = dict.fromkeys(CHECKED, 0)
         count |= {"rows": len(rows), "images": len({row.image for row in rows}), "faults": len(faults) - before}
         for row in expand(rows):
-            expression, boxes = choice = row.choices[0]
+            choice = row.choices[0]
+            expression, boxes = choice
             count["expressions"] += 1
             count[("- without a target", "- with one", "- with several")[min(len(boxes), 2)]] += 1
-            count["- said before of the same boxes"] += (row.image, choice) in seen
+            count["- repeated for the same boxes"] += (row.image, choice) in seen
             count["- too long, so cut"] += len(tokenizer.model.encode(clean(expression))) > room
             count["- with a box over the image's edge"] += any(_over_the_edge(box, row.size) for box in boxes)
             seen.add((row.image, choice))
@@ -761,7 +784,7 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
     """Write foreign annotation files as JSON Lines, a file a split, all of them or none; print what came out.
 
     In the training split the expressions of one object (in gRefCOCO: of one image) share a row, since a training
-    epoch draws one of them; in the others every expression has its own row. None is dropped, also no repeated one.
+    epoch draws one of them; in the others every expression has its own row. None is dropped, not even repeats.
     """
     folder = Path(to).parent
     if "{split}" not in Path(to).name:
@@ -844,10 +867,10 @@ def read_foreign(path: Path) -> Iterator[Named]:
         except InputError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"{where}: is not as a row of this layout should be: {error!r:.150}") from None
+            raise InputError(f"{where}: is no row of this layout: {error!r:.150}") from None
         for named in found:
             if not isinstance(named.image, str | int) or not re.fullmatch(r"\w+", str(named.split)):
-                raise InputError(f"{where}: {named.image!r:.60} of {named.split!r:.60} is no image of a split")
+                raise InputError(f"{where}: expected image and split, not {named.image!r:.60} and {named.split!r:.60}")
             check_size(named.size, where)
             check_expression(named.expression, where)
             for box in named.boxes:
@@ -945,7 +968,7 @@ def _refer(coco: COCO, seen: set, where: str, ref: dict) -> list[Named]:
 
 
 def _mdetr(coco: COCO, split: str, where: str, image: dict) -> list[Named]:
-    """MDETR's finetune_*.json, an image entry an expression; gRefCOCO's marks the empty ones and trains by image."""
+    """MDETR's finetune_*.json, one image entry per expression; gRefCOCO's marks the empty ones and trains by image."""
     targets = coco.imgToAnns[image["id"]]
     if not targets:
         raise InputError(f"{where}: has no annotation")
@@ -985,9 +1008,10 @@ def _flat(split: str, where: str, row: dict) -> list[Named]:
     layout = next((layout for layout in FLAT if row.keys() >= set(layout[:3])), None)
     if layout is None:
         raise InputError(f"{where}: has the keys {', '.join(row)}, which is no known layout")
-    image, text, boxes = (row[name] for name in layout[:3])
-    boxes = [] if boxes is None else boxes if layout[2] == "boxes_xyxy" else [boxes]
-    if layout[3] == "xyxy":
+    image_key, text_key, boxes_key, form = layout
+    image, text, boxes = row[image_key], row[text_key], row[boxes_key]
+    boxes = [] if boxes is None else boxes if boxes_key == "boxes_xyxy" else [boxes]
+    if form == "xyxy":
         boxes = [_xywh(box) for box in boxes]
     return [Named(split, (image, str(boxes)), image, text, boxes, size)]
 
@@ -1124,17 +1148,17 @@ def _shapes_rows(things: list[Thing], image: str, grec: bool, rng: random.Random
     return rows
 
 
-def _shapes_split(folder: Path, split: str, wanted: int, kind: str, show: bool) -> list[dict]:
+def _shapes_split(folder: Path, split: str, wanted: int, set_name: str, show: bool) -> list[dict]:
     """Draw the images of one split and return its rows: `wanted` scenes of train, expressions of val and test."""
     rows: list[dict] = []
-    number = 0
+    number, (train_counts, test_counts) = 0, COUNTS[set_name]
     bar = tqdm(total=wanted, desc=f"drawing {split}", disable=None if show else True, leave=False)
     while (number if split == "train" else len(rows)) < wanted:
         rng = random.Random(f"shapes/{split}/{number}")  # every scene has a seed of its own
-        image, things = draw_scene(rng, COUNTS[kind][split != "train"])
+        image, things = draw_scene(rng, train_counts if split == "train" else test_counts)
         name = f"{split}_{number:05d}.jpg"
         image.save(folder / "images" / name, quality=92, subsampling=0)
-        new = _shapes_rows(things, name, kind == "shapes-grec", rng)
+        new = _shapes_rows(things, name, set_name == "shapes-grec", rng)
         if split != "train":
             new = [{**row, "expressions": row["expressions"][:1]} for row in new]
         rows += new
@@ -1144,8 +1168,8 @@ def _shapes_split(folder: Path, split: str, wanted: int, kind: str, show: bool) 
     return rows if split == "train" else rows[:wanted]
 
 
-def make_shapes(folder: Path, scenes: int, kind: str, show: bool = True) -> None:
-    """Write the set `kind`: train, val and test .jsonl, images/*.jpg and shapes.spm; all of it or nothing.
+def make_shapes(folder: Path, scenes: int, set_name: str, show: bool = True) -> None:
+    """Write the set `set_name`: train, val and test .jsonl, images/*.jpg and shapes.spm; all of it or nothing.
 
     `scenes` are those of train; val and test hold 2,000 expressions (fewer with few scenes).
     """
@@ -1155,7 +1179,7 @@ def make_shapes(folder: Path, scenes: int, kind: str, show: bool = True) -> None
         (part / "images").mkdir(parents=True)
         texts: set[str] = set()
         for split in ("train", "val", "test"):
-            rows = _shapes_split(part, split, scenes if split == "train" else min(2000, scenes), kind, show)
+            rows = _shapes_split(part, split, scenes if split == "train" else min(2000, scenes), set_name, show)
             (part / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             texts.update(text for row in rows if split == "train" for text in row["expressions"])
         model = io.BytesIO()

@@ -77,7 +77,7 @@ class Result(NamedTuple):
     """What one branch answered to one expression."""
 
     correct: bool
-    answered: int  # the first so many boxes are the answer: in REC the only one, in gREC those from the threshold on
+    answered: int  # how many boxes, from the first, are the answer: in REC one, in gREC those from the threshold on
     scores: Tensor  # (n,) best first
     boxes: Tensor  # (n, 4) xyxy in 0..1
 
@@ -203,6 +203,7 @@ def mean_box_accuracy(train: Sequence[data.Row], rows: Sequence[data.Row]) -> fl
 
     if any(row.size is None for row in (*train, *rows)):
         return None
+    # as if all images were 1000 pixels wide and high
     mean, truth = (box_convert(x, "cxcywh", "xyxy") for x in (boxes(train).mean(0, keepdim=True), boxes(rows)))
     return rec_correct(mean.expand_as(truth) * 1000, truth * 1000).sum().item() / len(rows)
 
@@ -230,15 +231,15 @@ def ground(
         data.check_expression(text, "--text")
     height, width = picture.shape[1:]
     device = model.mean.device
-    tokens, text_pad = (x.to(device) for x in tokenizer(texts, max_tokens))  # (T, L)
+    tokens, text_pad = (x.to(device) for x in tokenizer(texts, max_tokens))  # (B, L), B phrases
     resized = data.resize(picture, model.image_size, model.image_size).to(device)
     output = model(resized.expand(len(texts), -1, -1, -1), tokens, text_pad, branch, amp)
-    logits, boxes = output.answers()[branch]  # (T, Q, 2), (T, Q, 4)
-    every_score = logits.softmax(-1)[..., 0].cpu()  # (T, Q)
+    logits, boxes = output.answers()[branch]  # (B, Q, 2), (B, Q, 4)
+    every_score = logits.softmax(-1)[..., 0].cpu()  # (B, Q)
     scale = torch.tensor([width, height, width, height])
     every_box = clip_boxes_to_image(box_convert(boxes.cpu(), "cxcywh", "xyxy") * scale, (height, width))
     answers = []
-    for scores, boxes in zip(every_score, every_box, strict=True):
+    for scores, boxes in zip(every_score, every_box, strict=True):  # (Q,), (Q, 4) xyxy pixels
         kept = scores.argsort(descending=True)
         if len(scores) > 1:
             kept = kept[(scores[kept].double() >= threshold) & (boxes[kept, 2:] > boxes[kept, :2]).all(1)]
@@ -255,7 +256,7 @@ def true_boxes(row: data.Row, size: tuple[int, int]) -> Tensor:
 
 
 def draw_page(rows: Sequence[data.Row], results: Sequence[dict[str, Result]], path: Path) -> None:
-    """A page of examples: the true boxes and each branch's."""
+    """A page of examples: the true boxes and each branch's answer."""
     tiles = []
     for row, result in zip(rows, results, strict=True):
         image = data.read_image(row.image, row.size, row.where)
@@ -298,6 +299,9 @@ def draw_panel(pen: ImageDraw.ImageDraw, top: int, rows: Sequence[dict], names: 
 # --------------------------------------------------------------------------------------------------- attention
 
 
+SHARES_OF = 500  # examples that `attention_shares` looks at
+
+
 class Shares(NamedTuple):
     """Of the attention that falls on patches, the part inside the true box, layer by layer: means over examples."""
 
@@ -316,18 +320,19 @@ def coverage(boxes: Tensor, grid: int) -> Tensor:
 
 
 @torch.inference_mode()
-def attention_shares(model: models.SimVG, dataset: data.Dataset, collate: data.Collate, count: int = 500) -> Shares:
-    """Over the first `count` examples that have a target; in gREC the query with the best score is looked at.
+def attention_shares(model: models.SimVG, dataset: data.Dataset, collate: data.Collate) -> Shares:
+    """Over the first SHARES_OF examples that have a target; in gREC the query with the best score is looked at.
     InputError if there is none."""
     device, sums = model.mean.device, []
-    having = [i for i, row in enumerate(dataset.rows) if row.boxes][:count]
+    having = [i for i, row in enumerate(dataset.rows) if row.boxes][:SHARES_OF]
     if not having:
         raise InputError("--attention: no expression of this split has a target")
     for batch in data.batches(dataset, collate, in_batches(having, 50), workers=0):
-        maps = model.attention_maps(*(x.to(device) for x in batch[:3]))
+        batch = batch.to(device)
+        maps = model.attention_maps(batch.images, batch.tokens, batch.text_pad)
         for i in range(len(batch.index)):
             truth = box_convert(batch.boxes[i, batch.box_mask[i]], "cxcywh", "xyxy")
-            inside = coverage(truth, model.encoder.grid)  # (N,)
+            inside = coverage(truth.cpu(), model.encoder.grid)  # (N,)
             looks = torch.cat([maps.object_token[:, i], maps.queries[:, i, maps.best[i]]]).cpu()  # (layers + K, N)
             sums.append(torch.cat([inside.mean()[None], (looks * inside).sum(1) / looks.sum(1)]))
     area, *shares = torch.stack(sums).mean(0).split([1, len(maps.object_token), len(maps.queries)])
@@ -346,7 +351,7 @@ def draw_attention(
     for i, text in enumerate(texts):
         words = tokenizer.pieces(text, max_tokens)
         looks = {"object token": maps.object_token[-1, i], "decoder query": maps.queries[-1, i, maps.best[i]]}
-        looks |= {f"{j}: {word}": maps.words[-1, i, j + 1] for j, word in enumerate(words)}
+        looks |= {f"{j}: {word}": maps.words[-1, i, j + 1] for j, word in enumerate(words)}  # + 1: after <s>
         tiles.append([draw_heat(image, look.cpu(), f"{name} ({text})") for name, look in looks.items()])
     width = max(map(len, tiles))
     empty = Image.new("RGB", tiles[0][0].size)
@@ -364,7 +369,7 @@ def draw_heat(image: Tensor, look: Tensor, caption: str) -> Image.Image:
 
 # ------------------------------------------------------------------------------------------------------ report
 
-PICTURES = 250  # of wrong answers and as many of right ones are in a report; the other rows come without
+PICTURES = 250  # so many wrong and so many right answers come with a picture in a report
 STEPS = 20  # thresholds of a gREC curve
 
 
@@ -374,7 +379,7 @@ def report(
     """One HTML file that needs nothing else. `splits`: name -> its rows and their results."""
     content = {"title": title, "splits": list(splits), "rows": [], "pictures": {}, "curves": {}}
     for number, (split, (rows, results)) in enumerate(splits.items()):
-        sizes = [row.size or image_size(row.image) for row in rows]
+        sizes = [row.size or size_on_disk(row.image) for row in rows]
         truths = [true_boxes(row, size) for row, size in zip(rows, sizes, strict=True)]
         for i in tqdm(pictured(results), desc="pictures of the report", disable=None, leave=False):
             content["pictures"][rows[i].image] = thumbnail(rows[i])
@@ -598,7 +603,7 @@ def thumbnail(row: data.Row) -> str:
 
 
 @functools.lru_cache
-def image_size(path: str) -> tuple[int, int]:
+def size_on_disk(path: str) -> tuple[int, int]:
     """Width and height as `read_image` gives it."""
     with data.open_image(path) as file:
         return data.upright_size(file)
@@ -729,7 +734,7 @@ def join_ranks() -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        torch.backends.cuda.enable_cudnn_sdp(False)  # open faults: wrong gradients with masks, NaN for one query
+        torch.backends.cuda.enable_cudnn_sdp(False)  # bugs of PyTorch: wrong gradients with masks, NaN for one query
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -745,7 +750,7 @@ def keep_freed_memory() -> None:
 
 
 def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict, rank: int) -> None:
-    """Print one table a split, and the same figures as a line of JSON."""
+    """Print one table per split, and the same figures as a line of JSON."""
     branch = chosen_branch(args, config)
     collate, everything = load_collate(config), {}
     for split in args.split or config["data"]["eval_splits"]:
@@ -770,7 +775,8 @@ def print_attention(args: argparse.Namespace, model: models.SimVG, config: dict)
         shares = attention_shares(model, dataset, collate)
         print(f"{split}, {shares.examples} expressions: the true box covers {100 * shares.area:.1f} % of the image")
         print("of the attention that falls on patches, % inside the true box, layer by layer:")
-        for name, values in (("object token", shares.object_token), ("decoder query", shares.query))[: 1 + decodes]:
+        shown = {"object token": shares.object_token} | ({"decoder query": shares.query} if decodes else {})
+        for name, values in shown.items():
             print(f"{name:<18}" + "".join(f"{100 * value:>8.1f}" for value in values.tolist()))
 
 
@@ -781,7 +787,8 @@ def ground_one(args: argparse.Namespace, model: models.SimVG, config: dict) -> N
     scale = torch.tensor([image.shape[2], image.shape[1]] * 2)
     answers: list[dict[str, Tensor]] = [{} for _ in args.text]
     options = {"max_tokens": config["data"]["max_tokens"], "amp": models.AMP[args.amp]}
-    for branch in BRANCHES if chosen_branch(args, config) == "both" else [chosen_branch(args, config)]:
+    chosen = chosen_branch(args, config)
+    for branch in BRANCHES if chosen == "both" else [chosen]:
         found = ground(model, image, args.text, tokenizer, branch, **options)
         for text, answer, (boxes, scores) in zip(args.text, answers, found, strict=True):
             answer[branch] = boxes / scale
@@ -816,7 +823,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Evaluate a checkpoint on its splits; or, with --image and --text, find boxes."
     )
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint of train.py, or an official .pth")
-    parser.add_argument("--config", metavar="FILE:NAME", help="the config of an official .pth, which holds none")
+    parser.add_argument("--config", metavar="FILE:NAME", help="instead of the checkpoint's (an official .pth has none)")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as data.images=DIR"
     )

@@ -1,7 +1,7 @@
 """Matching, set loss and dynamic weight-balance distillation (SimVG Sec. 3.4, Eq. 4 to 7).
 
-Predictions are logits (..., Q, 2) and boxes (..., Q, 4), targets are padded: boxes (B, M, 4) with box_mask (B, M),
-True = a real box. An example without a target is a row that is all False. Boxes are cxcywh in 0..1.
+Predictions are logits (..., Q, 2) and boxes (..., Q, 4). The truth is padded: targets (B, M, 4) with target_mask
+(B, M), True = a real box. An example without a target is a row that is all False. Boxes are cxcywh in 0..1.
 
 Sums are divided by counts of the *global* batch (all ranks, all micro-batches), so that neither changes a run (D6).
 """
@@ -19,7 +19,7 @@ from model import Output
 
 CLASS, L1, GIOU = 1.0, 5.0, 2.0  # lambda 1, 2, 3 of Eq. 4, in the loss and in the matching
 NO_OBJECT = 0.1  # weight of the class "no object" in the cross entropy, unless the config says another
-EPS = 1e-6  # the official IoU adds it to each denominator, which is felt by boxes of 3 % of the image and less
+EPS = 1e-6  # added to denominators, as in the official code: a box of 3 % of the sides has an IoU of 0.999 with itself
 
 
 def iou_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,17 +43,17 @@ def assign(cost: Tensor | Sequence[Sequence[float]]) -> tuple[list[int], list[in
     Shortest augmenting paths with potentials (Jonker and Volgenant), O(min(N, M)^2 max(N, M)).
     ValueError if a cost is not finite.
     """
-    rows = cost.tolist() if isinstance(cost, Tensor) else [list(row) for row in cost]
-    if not all(math.isfinite(value) for row in rows for value in row):
+    matrix = cost.tolist() if isinstance(cost, Tensor) else [list(row) for row in cost]
+    if not all(math.isfinite(value) for row in matrix for value in row):
         raise ValueError("a matching cost is not finite: some predicted or target box is NaN or infinite")
-    if not rows or not rows[0]:
+    if not matrix or not matrix[0]:
         return [], []
-    if len(rows) > len(rows[0]):  # the search wants the short side as its rows
-        cols, rows = assign([list(column) for column in zip(*rows, strict=True)])
-        pairs = sorted(zip(rows, cols, strict=True))
-    else:
-        pairs = sorted(enumerate(_assign_rows(rows)))
-    return [r for r, _ in pairs], [c for _, c in pairs]
+    if len(matrix) <= len(matrix[0]):
+        pairs = list(enumerate(_assign_rows(matrix)))
+    else:  # the search wants the short side as its rows
+        columns = [list(column) for column in zip(*matrix, strict=True)]
+        pairs = sorted((row, col) for col, row in enumerate(_assign_rows(columns)))
+    return [row for row, _ in pairs], [col for _, col in pairs]
 
 
 def _assign_rows(cost: list[list[float]]) -> list[int]:
@@ -75,7 +75,8 @@ def _assign_rows(cost: list[list[float]]) -> list[int]:
                 if nearest < 0 or distance[j] < distance[nearest]:
                     nearest = j
             col, base = nearest, distance[nearest]
-            done[col], row = True, owner[col]
+            done[col] = True
+            row = owner[col]  # -1: the column is free
         for j in range(m):  # keep all reduced costs at zero or above
             if done[j]:
                 if owner[j] >= 0:
@@ -86,7 +87,7 @@ def _assign_rows(cost: list[list[float]]) -> list[int]:
             previous = reached_from[col]
             owner[col] = owner[previous] if previous >= 0 else start
             col = previous
-    held = [-1] * n
+    held = [-1] * n  # the column that a row holds
     for j, row in enumerate(owner):
         if row >= 0:
             held[row] = j
@@ -95,9 +96,8 @@ def _assign_rows(cost: list[list[float]]) -> list[int]:
 
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, targets: Tensor, target_mask: Tensor) -> Tensor:
-    """Eq. 5: logits (K, B, Q, 2), boxes (K, B, Q, 4), targets (B, M, 4) -> the target of each query, -1 = none.
-
-    Result (K, B, Q) int64; each of the K predictions is matched by itself.
+    """Eq. 5: logits (K, B, Q, 2), boxes (K, B, Q, 4), targets (B, M, 4), target_mask (B, M) -> (K, B, Q) int64, the
+    number of each query's target, -1 = none. Each of the K predictions is matched by itself.
     """
     (K, B, Q, _), M = boxes.shape, targets.shape[1]
     if Q == M == 1:  # REC: there is nothing to choose, and nothing to wait for on the device
@@ -121,27 +121,28 @@ def match(logits: Tensor, boxes: Tensor, targets: Tensor, target_mask: Tensor) -
 
 
 def global_sum(counts: Tensor) -> Tensor:
-    """The sum over all ranks."""
+    """The sum over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(counts)
     return counts
 
 
-def normalisers(box_mask: Tensor, queries: int, no_object: float = NO_OBJECT) -> Tensor:
-    """(2,): number of target boxes; sum of the class weights over all queries. Known before any prediction."""
-    targets = box_mask.sum(1)  # (B,)
-    matched = targets.clamp(max=queries).sum()
-    return torch.stack([targets.sum().float(), matched + no_object * (len(box_mask) * queries - matched)])
+def normalisers(target_mask: Tensor, queries: int, no_object: float) -> Tensor:
+    """(2,): number of targets; sum of the class weights over all queries. Known before any prediction."""
+    counts = target_mask.sum(1)  # (B,)
+    matched = counts.clamp(max=queries).sum()  # as many queries get a target
+    return torch.stack([counts.sum().float(), matched + no_object * (len(target_mask) * queries - matched)])
 
 
 def global_normalisers(counts: Tensor) -> Tensor:
-    """`normalisers` summed over all ranks, as one rank's share: DDP averages their gradients. No box counts as one."""
-    boxes, weights = global_sum(counts)
-    return torch.stack([boxes.clamp(min=1), weights]) / (dist.get_world_size() if dist.is_initialized() else 1)
+    """`normalisers` summed over all ranks, as one rank's share, since DDP averages the ranks' gradients. A step
+    without any target divides by 1."""
+    targets, weights = global_sum(counts)
+    return torch.stack([targets.clamp(min=1), weights]) / (dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def detection_loss(
-    logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor, norm: Tensor, no_object: float = NO_OBJECT
+    logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor, norm: Tensor, no_object: float
 ) -> Tensor:
     """L_det of Eq. 4, summed over K: 1 cross entropy + 5 L1 + 2 (1 - GIoU). A scalar.
 
@@ -175,15 +176,15 @@ def teacher_weight(logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tens
 
 def simvg_loss(
     output: Output,
-    boxes: Tensor,
-    box_mask: Tensor,
+    targets: Tensor,
+    target_mask: Tensor,
     decoder_factor: float | None = 1.0,
     truth_factor: float | None = 2.0,
     teacher_factor: float | None = 1.0,
     no_object: float = NO_OBJECT,
     norm: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The training loss, boxes (B, M, 4) and box_mask (B, M) being the truth. Scalars that add up to `total`:
+    """The training loss; targets (B, M, 4) and target_mask (B, M) are the truth. Scalars that add up to `total`:
 
         decoder_factor * L_det(decoder, truth)
         + teacher_factor * W_dt * L_det(token, decoder's boxes) + truth_factor * (1 - W_dt) * L_det(token, truth)
@@ -192,27 +193,27 @@ def simvg_loss(
     have run; without a teacher there is no W_dt, the token branch simply learns from the truth. `norm` is what
     `global_normalisers` gives for the whole step; it is worked out here if this batch is the whole step.
     """
-    logits = output.decoder_logits if output.token_logits is None else output.token_logits
     if norm is None:
-        norm = global_normalisers(normalisers(box_mask, logits.shape[-2], no_object))
+        logits = output.decoder_logits if output.token_logits is None else output.token_logits
+        norm = global_normalisers(normalisers(target_mask, logits.shape[-2], no_object))
     terms = {}
     if decoder_factor is not None or teacher_factor is not None:
-        matched = match(output.decoder_logits, output.decoder_boxes, boxes, box_mask)
+        matched = match(output.decoder_logits, output.decoder_boxes, targets, target_mask)
     if decoder_factor is not None:
-        loss = detection_loss(output.decoder_logits, output.decoder_boxes, boxes, matched, norm, no_object)
+        loss = detection_loss(output.decoder_logits, output.decoder_boxes, targets, matched, norm, no_object)
         terms["decoder"] = decoder_factor * loss
     if truth_factor is not None or teacher_factor is not None:
         student = output.token_logits[None], output.token_boxes[None]  # (1, B, Q, .)
     w_dt = None
     if teacher_factor is not None:
         teacher_logits, teacher_boxes = output.decoder_logits[-1].detach(), output.decoder_boxes[-1].detach()
-        w_dt = teacher_weight(teacher_logits, teacher_boxes, boxes, matched[-1])
-        # the teacher's targets: its boxes for the queries that found something
+        w_dt = teacher_weight(teacher_logits, teacher_boxes, targets, matched[-1])
+        # the student's targets: the teacher's boxes, of those queries that have a target themselves
         rematched = match(*student, teacher_boxes, matched[-1] >= 0)
         loss = detection_loss(*student, teacher_boxes, rematched, norm, no_object)
         terms["token_on_teacher"] = teacher_factor * w_dt * loss
     if truth_factor is not None:
-        loss = detection_loss(*student, boxes, match(*student, boxes, box_mask), norm, no_object)
+        loss = detection_loss(*student, targets, match(*student, targets, target_mask), norm, no_object)
         terms["token_on_truth"] = truth_factor * loss * (1 if w_dt is None else 1 - w_dt)
     terms["total"] = sum(terms.values())
     return terms if w_dt is None else {**terms, "teacher_weight": w_dt}

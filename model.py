@@ -7,8 +7,8 @@
 
 B batch, N image tokens, L text tokens, Q queries (1 in REC, 10 in gREC), K decoder layers, D encoder width,
 C head width, T = 1 + N + L. Boxes are cxcywh in 0..1 of the image; class 0 is "the referred object", class 1
-"no object". With `amp` only the encoder runs in 16 bits, what makes a box stays in float32: a bf16 box is off by up
-to 2 pixels.
+"no object". With `amp` only the encoder runs in 16 bits; whatever makes a box stays in float32, since a bf16 box is
+off by up to 2 pixels.
 
 This file also builds, saves and loads models.
 """
@@ -29,7 +29,7 @@ import beit3
 from data import InputError, run
 
 HEADS = 8  # attention heads of TQG and decoder, in every released model
-AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what `amp` may be called in configs
+AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # the values of train.amp
 IMAGE_MEAN, IMAGE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB, 0..255
 
 
@@ -42,10 +42,13 @@ class Output(NamedTuple):
     token_boxes: Tensor | None  # (B, Q, 4) cxcywh
 
     def answers(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """{branch: (logits (B, Q, 2), boxes (B, Q, 4))} of the branches that ran; the decoder's last layer speaks."""
-        decoder = () if self.decoder_boxes is None else (self.decoder_logits[-1], self.decoder_boxes[-1])
-        token = () if self.token_boxes is None else (self.token_logits, self.token_boxes)
-        return {name: answer for name, answer in (("decoder", decoder), ("token", token)) if answer}
+        """{branch: (logits (B, Q, 2), boxes (B, Q, 4))} of the branches that ran; of the decoder, its last layer's."""
+        answers = {}
+        if self.decoder_boxes is not None:
+            answers["decoder"] = self.decoder_logits[-1], self.decoder_boxes[-1]
+        if self.token_boxes is not None:
+            answers["token"] = self.token_logits, self.token_boxes
+        return answers
 
 
 class Attention(NamedTuple):
@@ -73,25 +76,25 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor, pad: Tensor | None = None
     ) -> Tensor:
-        """x, query_pos (B, Q, C); memory (B, n, C); memory_pos (n, C); pad (B, n) True = not there -> (B, Q, C)."""
-        x = self.look_at_queries(x, query_pos)
+        """x, query_pos (B, Q, C); memory (B, n, C); memory_pos (n, C); pad (B, n) True = padding -> (B, Q, C)."""
+        x = self.attend_to_queries(x, query_pos)
         seen = self.cross_attn(x + query_pos, memory + memory_pos, memory, key_padding_mask=pad, need_weights=False)[0]
         x = self.norms[1](x + seen)
         return self.norms[2](x + self.ffn(x))
 
-    def look_at_queries(self, x: Tensor, query_pos: Tensor) -> Tensor:
-        """The first third: self-attention of the queries, (B, Q, C) -> (B, Q, C)."""
+    def attend_to_queries(self, x: Tensor, query_pos: Tensor) -> Tensor:
+        """Self-attention among the queries, with its sum and norm: (B, Q, C) -> (B, Q, C)."""
         q = x + query_pos
         return self.norms[0](x + self.self_attn(q, q, x, need_weights=False)[0])
 
     def attention_map(self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor) -> Tensor:
         """Where each query looks, for pictures: (B, Q, n), rows add up to 1, the mean of the heads."""
-        x = self.look_at_queries(x, query_pos)
+        x = self.attend_to_queries(x, query_pos)
         return self.cross_attn(x + query_pos, memory + memory_pos, memory)[1]
 
 
 class TextGuidedQuery(nn.Module):
-    """TQG, Eq. 8: Q_tqg = MCA(Q_init, f_text + pos) + MMP(f_text) + Q_init; text (B, L, D) -> queries (B, Q, C)."""
+    """TQG, Eq. 8: Q_tqg = MCA(Q_init, f_text + pos) + MMP(f_text) + Q_init."""
 
     def __init__(
         self, encoder_width: int, width: int, queries: int, layers: int, ffn: int, dropout: float, as_released: bool
@@ -99,13 +102,14 @@ class TextGuidedQuery(nn.Module):
         super().__init__()
         self.text_proj = nn.Linear(encoder_width, width)
         self.query_embed = nn.Embedding(queries, width)
-        self.layers = nn.ModuleList(DecoderLayer(width, ffn, dropout) for _ in range(layers))  # not copies (D11)
+        self.layers = nn.ModuleList(DecoderLayer(width, ffn, dropout) for _ in range(layers))  # D11
         self.norm = nn.LayerNorm(width)
         self.as_released = as_released
         positions = beit3.sine_1d(beit3.TEXT_POSITIONS, width, one_frequency=as_released)
         self.register_buffer("positions", positions, persistent=False)
 
     def forward(self, text: Tensor, text_pad: Tensor) -> Tensor:
+        """text (B, L, D), text_pad (B, L) True = padding -> queries (B, Q, C)."""
         text = self.text_proj(text)  # (B, L, C)
         initial = self.query_embed.weight.expand(len(text), -1, -1)  # (B, Q, C)
         x = torch.zeros_like(initial)
@@ -115,7 +119,9 @@ class TextGuidedQuery(nn.Module):
 
     def pool(self, text: Tensor, text_pad: Tensor) -> Tensor:
         """Mask max pool, (B, L, C) -> (B, C): the maximum over the words, padding left out (D2)."""
-        if self.as_released:  # D3: ~mask on integers picks the last two rows, only the last when nothing is padded
+        if self.as_released:
+            # D3: the official mask holds integers, so its ~mask, used as an index, is -1 for a word and -2 for padding:
+            # it picks the last row, and the one before wherever something is padded
             last, before = text[:, -1], text[:, -2]
             return torch.where(text_pad.any(1, keepdim=True), torch.maximum(last, before), last)
         # max, not amax, which would share the gradient between equal maxima
@@ -207,6 +213,7 @@ class SimVG(nn.Module):
             encoder_width, head_width, self.encoder.grid, decoder_layers, decoder_ffn, dropout
         )
         self.token_branch = TokenBranch(encoder_width, head_width)
+        # as in the official code the decoder's matrices only; the other heads keep PyTorch's way
         for weight in self.decoder_branch.layers.parameters():
             if weight.dim() > 1:
                 nn.init.xavier_uniform_(weight)
@@ -280,7 +287,7 @@ def save(path: str | Path, state: dict) -> None:
     except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when the disk is full
         part.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise InputError(f"{path}: cannot be written, the older state is kept: {reason}") from None
+        raise InputError(f"{path}: cannot be written (an older file stays as it was): {reason}") from None
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -300,7 +307,7 @@ def read_checkpoint(path: str | Path) -> dict:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it wants to run code ({code[1]})" if code else "it is another kind of file"
         raise InputError(f"{path}: is not a checkpoint of tensors: {reason}") from None
-    except InputError:
+    except InputError:  # is a ValueError, which the next line would reword
         raise
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
         size = os.path.getsize(path)
@@ -311,9 +318,10 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", **model_args) -> SimVG:
-    """A SimVG in eval mode from this project's checkpoint or an official SimVG .pth; `model_args` win over the file.
+    """A SimVG in eval mode from this project's checkpoint or an official SimVG .pth; `model_args` replace
+    what the file says, such as `encoder_heads` where heads are not 64 wide.
 
-    From an official file sizes are read off the tensors, with heads of 64 and `as_released=True`; averaged (EMA)
+    From an official file sizes are read off the tensors, with heads 64 wide and `as_released=True`; averaged (EMA)
     weights are taken where there are any.
     """
     return load_with_config(path, device, **model_args)[0]
@@ -334,26 +342,28 @@ def load_with_config(
 
 
 def initialise(model: SimVG, path: str | Path) -> str:
-    """Start `model` from a BEiT-3 file, an own checkpoint or an official SimVG .pth -> what was taken, in one line.
+    """Start `model` from a BEiT-3 file, a checkpoint of this project or an official SimVG .pth -> what was taken, in
+    one line.
 
-    A BEiT-3 file must fill the whole encoder, a SimVG file everything; only image positions may be of another
-    grid, and queries of another number, which then stay new. Anything else that does not fit is an InputError.
+    A BEiT-3 file must fill the whole encoder, a SimVG file everything. Two things may differ: the grid of the image
+    positions, which are resized, and the number of queries, which then start anew. Any other misfit is an InputError.
     """
-    state, own = read_checkpoint(path), model.state_dict()
+    state, fresh = read_checkpoint(path), model.state_dict()
     grid, patch = model.encoder.grid, model.encoder.patch_embed.kernel_size[0]
     positions, queries = "encoder.image_positions", "tqg.query_embed.weight"
     if found := _simvg_weights(state, path):
         kind, weights, _ = found
         weights[positions] = beit3.resize_positions(weights[positions], grid, extra=1)
-        new = {queries} if weights[queries].shape != own[queries].shape else set()
+        new, left = set(), ""
+        if weights[queries].shape != fresh[queries].shape:
+            new, left = {queries}, f"; new: {queries}"
     else:
         weights, unused = _beit3_weights(state, path, grid, patch)
         kind = f"BEiT-3 (not used: {', '.join(unused)})"
-        new = {name for name in own if not name.startswith("encoder.")}
+        new, left = {name for name in fresh if not name.startswith("encoder.")}, "; new: everything but the encoder"
     taken = {name: value.float() for name, value in weights.items() if name not in new}
-    load_strictly(model, {**{name: own[name] for name in new}, **taken}, path)
-    left = "; new: everything but the encoder" if len(new) > 1 else f"; new: {queries}" if new else ""
-    return f"{path}: {kind}, {len(taken)} of {len(own)} tensors taken{left}"
+    load_strictly(model, {**{name: fresh[name] for name in new}, **taken}, path)
+    return f"{path}: {kind}, {len(taken)} of {len(fresh)} tensors taken{left}"
 
 
 def _simvg_weights(state: dict, path: str | Path) -> tuple[str, dict[str, Tensor], dict] | None:
@@ -369,7 +379,8 @@ def _simvg_weights(state: dict, path: str | Path) -> tuple[str, dict[str, Tensor
     try:
         return f"official SimVG checkpoint{averaged}", convert(official), _official_sizes(official)
     except KeyError as error:
-        raise InputError(f"{path}: is no SimVG checkpoint of the official code: {error.args[0]}") from None
+        reason = f"unknown or missing tensor {error.args[0]}"
+        raise InputError(f"{path}: is not an official SimVG checkpoint: {reason}") from None
 
 
 def _beit3_weights(state: dict, path: str | Path, grid: int, patch: int) -> tuple[dict[str, Tensor], list[str]]:
@@ -440,6 +451,7 @@ def _official_sizes(official: dict[str, Tensor]) -> dict:
     shape = {name: value.shape for name, value in official.items()}
     vocab, width = shape["vis_enc.beit3.text_embed.weight"]
     patch = shape["vis_enc.beit3.vision_embed.proj.weight"][-1]
+    # 3: two rows never read, and the object token's
     grid = int((shape["vis_enc.beit3.encoder.embed_positions.A.weight"][0] - 3) ** 0.5)
     tqg, decoder = "head.text_guided_query_generation_transformer.layers", "head.transformer.decoder.layers"
 
@@ -509,7 +521,7 @@ def main() -> None:
     stage("text tokens", text, encoder.text_norm)
     queries = tqg(text, pad)
     stage("text-guided queries, Eq. 8", queries, tqg)
-    logits, boxes = decoder(image[:, 1:], queries)
+    _, boxes = decoder(image[:, 1:], queries)
     stage("decoder branch, Eq. 2: boxes of each layer", boxes, decoder)
     logits, boxes = token(image[:, 0], queries)
     stage("token branch, Eq. 3: boxes", boxes, token)

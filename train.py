@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 train.py --config configs.json:refcoco --init beit3_base_patch16_224.zip
 
 Writes into --out (runs/NAME): config.json, metrics.jsonl, last.pt (everything needed to go on), best.pt (weights),
-curves.png and samples.png. `--resume` goes on after a kill, to the bit on one process: all randomness is a function
+curves.png and samples.png. `--resume` goes on after a kill, bit for bit on one process: all randomness is a function
 of (seed, epoch, step), nothing random is stored.
 """
 
@@ -37,7 +37,7 @@ import model as models
 from data import InputError
 
 LOG_EVERY = 20  # steps between two training rows of metrics.jsonl
-PATIENCE = 20  # steps in a row that may be not finite; in fp16 the first ones can be, until the scale fits
+PATIENCE = 20  # so many steps in a row may be not finite; in fp16 the first ones are, until the loss scale fits
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: dict[str, Tensor]  # averaged weights; empty without train.ema
-    branch: str
+    branch: str  # "both", "decoder" or "token"
     amp: torch.dtype | None
     stopped: list[int] = field(default_factory=list)  # signals received
     skipped_in_a_row: int = 0  # steps that were not finite
@@ -66,22 +66,22 @@ def main() -> None:
     # 1. what to run, and who we are
     args = parse_arguments()
     config = data.load_config(args.config, args.set)
-    settings, section = config["train"], config["data"]
+    settings, data_settings = config["train"], config["data"]
     out = Path(args.out or f"runs/{args.config.rpartition(':')[2]}")
     rank, world, device = evaluate.join_ranks()
     micro = micro_batch(settings["batch_size"], settings["micro_batch"], world)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
     state = found_run(out, config, args.resume or restarted)
     if rank == 0:
-        make_embedded_set(section)
+        make_embedded_set(data_settings)
     wait_for_all()
 
     # 2. data, model, optimiser
-    rows = data.read_rows(section, "train")
+    rows = data.read_rows(data_settings, "train")
     if rank == 0:
         data.check_files(rows)
-    train_set = data.Dataset(rows, config["model"]["image_size"], settings["seed"], section["jitter"])
-    splits = {split: evaluate.load_split(config, split) for split in section["eval_splits"]}
+    train_set = data.Dataset(rows, config["model"]["image_size"], settings["seed"], data_settings["jitter"])
+    splits = {split: evaluate.load_split(config, split) for split in data_settings["eval_splits"]}
     collate = evaluate.load_collate(config)
     run = build(config, out, rank, world, device)
     if state:
@@ -96,7 +96,7 @@ def main() -> None:
     # 3. the loop
     start = run.progress["epoch"], run.progress["step_in_epoch"]
     keys = data.StepKeys(len(rows), settings, micro, start, rank, world)
-    stream = data.batches(train_set, collate, keys, section["workers"], pin=device.type == "cuda")
+    stream = data.batches(train_set, collate, keys, data_settings["workers"], pin=device.type == "cuda")
     per_step = settings["batch_size"] // world // micro  # micro-batches of one rank
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -107,15 +107,15 @@ def main() -> None:
         signal.signal(number, lambda received, _: run.stopped.append(received))
     while run.progress["epoch"] < settings["epochs"]:
         train_epoch(run, stream, per_step, keys.steps, log, rows)
-        save_last(run)  # before the evaluation, so that this cannot cost an epoch; a resumed run evaluates again
+        save_last(run)  # first, so that a failing evaluation cannot cost the epoch; a resumed run evaluates again
         run.progress |= {"epoch": run.progress["epoch"] + 1, "step_in_epoch": 0}
         if is_due(run.progress["epoch"], settings):
-            first = section["eval_splits"][0]
+            first = data_settings["eval_splits"][0]
             validate(run, first, splits[first], collate, log)
 
     # 4. what came out
     log.bar.close()
-    wait_for_all()
+    wait_for_all()  # until best.pt is written
     report_best(run, rows, splits, collate, log)
     leave(0)
 
@@ -160,7 +160,7 @@ def expected_memory(run: Run, micro: int) -> float:
     settings, encoder = run.config["train"], run.model.encoder
     layers, width, ffn = len(encoder.layers), encoder.text_embed.embedding_dim, encoder.layers[0].image.fc1.out_features
     tokens = micro * (1 + encoder.grid**2 + run.config["data"]["max_tokens"])
-    kept = 4 * layers * tokens * (10 * width + 3 * ffn)  # a layer's inputs of products, norms and GELU
+    kept = 4 * layers * tokens * (10 * width + 3 * ffn)  # what its products, norms and GELU keep
     if settings["checkpointing"]:
         kept = kept / layers + 4 * layers * tokens * width
     trained = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
@@ -180,17 +180,17 @@ def train_epoch(run: Run, stream: Iterator, per_step: int, steps: int, log: "Log
     run.model.train()
     while progress["step_in_epoch"] < steps:
         began = time.monotonic()
-        batch, fault = fetch(stream, per_step)
+        micro_batches, fault = fetch(stream, per_step)
         if on_any_rank(bool(run.stopped or fault)):
             stop(run, log, fault)
-        batch = [b.to(device) for b in batch]
+        micro_batches = [batch.to(device) for batch in micro_batches]
         waited = time.monotonic() - began
         set_learning_rate(run.optimizer, settings, progress, steps)
-        torch.manual_seed(hash((settings["seed"], progress["step"], run.rank)))  # dropout and drop path
+        torch.manual_seed(hash((settings["seed"], progress["step"], run.rank)))  # dropout, drop path
         try:
-            terms = train_step(run, batch)
+            terms = train_step(run, micro_batches)
         except RuntimeError as error:
-            raise out_of_memory(error, len(batch[0].index)) from None
+            raise out_of_memory(error, len(micro_batches[0].index)) from None
         progress["step"] += 1
         progress["step_in_epoch"] += 1
         update_ema(run.ema, run.model, settings["ema_decay"], progress["step"])
@@ -198,7 +198,7 @@ def train_epoch(run: Run, stream: Iterator, per_step: int, steps: int, log: "Log
             run.skipped_in_a_row = 0
             log.step(terms, waited, time.monotonic() - began)
         else:
-            report_skipped(run, batch, terms, rows)
+            report_skipped(run, micro_batches, terms, rows)
         if time.monotonic() - saved > 60 * settings["save_minutes"] and not run.skipped_in_a_row:
             save_last(run)
             saved = time.monotonic()
@@ -210,10 +210,6 @@ def fetch(stream: Iterator, count: int) -> tuple[list[data.Batch], InputError | 
         return [next(stream) for _ in range(count)], None
     except InputError as error:
         return [], error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        return [], InputError("a loader process was killed: out of memory or of /dev/shm? lower data.workers")
 
 
 def on_any_rank(flag: bool) -> bool:
@@ -232,10 +228,13 @@ def stop(run: Run, log: "Log", fault: InputError | None) -> None:
         print(f"train.py: {fault}", file=sys.stderr)
     if run.rank == 0 and saved:
         print(f"stopped after step {run.progress['step']}; --resume goes on", file=sys.stderr)
-    leave(128 + run.stopped[0] if run.stopped and saved else 2)
+    status = 128 + run.stopped[0] if run.stopped else 2  # as a shell tells of a signal
+    leave(status if saved else 2)
 
 
-def report_skipped(run: Run, batch: list[data.Batch], terms: dict[str, Tensor], rows: Sequence[data.Row]) -> None:
+def report_skipped(
+    run: Run, micro_batches: list[data.Batch], terms: dict[str, Tensor], rows: Sequence[data.Row]
+) -> None:
     """Say what was not finite in a step that changed no weight. InputError after PATIENCE of them.
 
     The gradient norm is that of all ranks, so all come here together; the rows are each rank's own.
@@ -244,10 +243,13 @@ def report_skipped(run: Run, batch: list[data.Batch], terms: dict[str, Tensor], 
     run.skipped_in_a_row += 1
     if run.scaler.is_enabled() and terms["total"].isfinite() and run.skipped_in_a_row < PATIENCE:
         return  # the loss scale of fp16 was too high and is being halved
-    faulty = [rows[i].where for b in batch for i in not_finite(run, b)]
+    faulty = [rows[i].where for batch in micro_batches for i in not_finite(run, batch)]
     largest = sorted(terms.items(), key=lambda item: item[1].abs().nan_to_num(torch.inf, torch.inf), reverse=True)
     said = f"step {run.progress['step']} skipped, rank {run.rank}: " + ", ".join(f"{n} {v:.3g}" for n, v in largest[:3])
-    said += f"; rows {', '.join(faulty[:3])}" + f" and {len(faulty) - 3} more" * (len(faulty) > 3) if faulty else ""
+    if faulty:
+        said += f"; rows {', '.join(faulty[:3])}"
+    if len(faulty) > 3:
+        said += f" and {len(faulty) - 3} more"
     if run.rank == 0 or faulty:
         tqdm.write(said, file=sys.stderr)
     if run.skipped_in_a_row >= PATIENCE:
@@ -266,17 +268,42 @@ def out_of_memory(error: RuntimeError, micro: int) -> Exception:
 
 @torch.no_grad()
 def not_finite(run: Run, batch: data.Batch) -> list[int]:
-    """The examples of a batch whose own boxes or answers are not finite."""
+    """The numbers of those examples whose own boxes or answers are not finite."""
     output = run.model(batch.images, batch.tokens, batch.text_pad, run.branch, run.amp)
     boxes = [batch.boxes, *(answer for _, answer in output.answers().values())]
     fine = torch.stack([x.flatten(1).isfinite().all(1) for x in boxes]).all(0)  # (B,)
     return [index for index, ok in zip(batch.index, fine.tolist(), strict=True) if not ok]
 
 
+@contextmanager
+def averaged(model: nn.Module, ema: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the model holds the averaged weights (where there are any)."""
+    if not ema:
+        yield
+        return
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.load_state_dict({**model.state_dict(), **ema})
+    yield
+    model.load_state_dict({**model.state_dict(), **kept})
+
+
+def selection(figures: dict[str, float]) -> float:
+    """What best.pt is chosen by: the mean of the branches' accuracies, as in the official code."""
+    main = [value for name, value in figures.items() if name.endswith(("_acc", "_f1"))]
+    return sum(main) / len(main)
+
+
+def is_due(epoch: int, settings: dict) -> bool:
+    """Whether to evaluate after this many epochs; always after the last one."""
+    regular = epoch >= settings["evaluate_from"] and epoch % settings["evaluate_every"] == 0
+    return regular or epoch == settings["epochs"]
+
+
 def validate(run: Run, split: str, dataset: data.Dataset, collate: data.Collate, log: "Log") -> None:
     """Evaluate (the averaged weights, where there are any) and keep the best as best.pt."""
     with averaged(run.model, run.ema):
-        results = evaluate.evaluate(run.model, dataset, collate, run.branch, amp=run.amp, title=split)
+        workers = run.config["data"]["workers"]
+        results = evaluate.evaluate(run.model, dataset, collate, run.branch, workers=workers, amp=run.amp, title=split)
         figures = evaluate.summary(results, dataset.rows, run.config["model"]["queries"] > 1)
         if (value := selection(figures)) > run.progress["best"]:
             best = {"model": run.model.state_dict(), "ema": {}, "config": run.config, "figures": figures}
@@ -287,16 +314,17 @@ def validate(run: Run, split: str, dataset: data.Dataset, collate: data.Collate,
 
 def report_best(run: Run, rows: Sequence[data.Row], splits: dict, collate: data.Collate, log: "Log") -> None:
     """Evaluate best.pt on every split: a table each, and pictures of the last split."""
-    model, grec = models.load(run.out / "best.pt", run.model.mean.device), run.config["model"]["queries"] > 1
+    model = models.load(run.out / "best.pt", run.model.mean.device)
+    workers, grec = run.config["data"]["workers"], run.config["model"]["queries"] > 1
     for split, dataset in splits.items():
-        results = evaluate.evaluate(model, dataset, collate, run.branch, amp=run.amp, title=split)
+        results = evaluate.evaluate(model, dataset, collate, run.branch, workers=workers, amp=run.amp, title=split)
         figures = evaluate.summary(results, dataset.rows, grec)
         log.figures(split, figures, weights="best")
         if run.rank == 0:
             baseline = None if grec else evaluate.mean_box_accuracy(rows, dataset.rows)
             evaluate.print_table(split, figures, evaluate.by_kind(results, dataset.rows), baseline)
-            evaluate.draw_page(dataset.rows[:16], results[:16], run.out / "samples.png")
     if run.rank == 0:
+        evaluate.draw_page(dataset.rows[:16], results[:16], run.out / "samples.png")  # of the last split
         evaluate.draw_curves(log.records, run.out / "curves.png")
         print(f"weights: {run.out}/best.pt   pictures: {run.out}/samples.png {run.out}/curves.png")
 
@@ -304,31 +332,31 @@ def report_best(run: Run, rows: Sequence[data.Row], splits: dict, collate: data.
 # ----------------------------------------------------------------------------------------------------- a step
 
 
-def train_step(run: Run, batch: list[data.Batch]) -> dict[str, Tensor]:
+def train_step(run: Run, micro_batches: list[data.Batch]) -> dict[str, Tensor]:
     """One optimiser step on the micro-batches of this rank -> its loss terms and the gradient norm before clipping.
 
     Where that norm is not finite the weights stay as they are.
     """
     settings, optimizer, scaler = run.config["train"], run.optimizer, run.scaler
-    factors = [settings[f"loss_{name}"] for name in ("decoder", "token_on_truth", "token_on_teacher")]
+    factors = [settings[name] for name in ("loss_decoder", "loss_token_on_truth", "loss_token_on_teacher")]
     queries, no_object = run.model.tqg.query_embed.num_embeddings, settings["no_object_weight"]
-    counts = sum(losses.normalisers(b.box_mask, queries, no_object) for b in batch)
+    counts = sum(losses.normalisers(batch.box_mask, queries, no_object) for batch in micro_batches)
     norm = losses.global_normalisers(counts)
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
-    for i, b in enumerate(batch):
-        last = i == len(batch) - 1
+    for i, batch in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1
         with nullcontext() if last or run.world == 1 else run.wrapped.no_sync():
-            output = run.wrapped(b.images, b.tokens, b.text_pad, run.branch, run.amp)
-            terms = losses.simvg_loss(output, b.boxes, b.box_mask, *factors, no_object, norm)
+            output = run.wrapped(batch.images, batch.tokens, batch.text_pad, run.branch, run.amp)
+            terms = losses.simvg_loss(output, batch.boxes, batch.box_mask, *factors, no_object, norm)
             scaler.scale(terms["total"]).backward()
         for name, value in terms.items():
-            share = len(batch) if name == "teacher_weight" else 1  # a mean, where the others are parts of a sum
+            share = len(micro_batches) if name == "teacher_weight" else 1  # a mean, where the others are parts of a sum
             sums[name] = sums.get(name, 0) + value.detach() / share
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     sums["grad_norm"] = nn.utils.clip_grad_norm_(trained, settings["clip_norm"])
-    if not scaler.is_enabled():  # as the scaler does: the device itself leaves a step out, nobody waits to decide it
+    if not scaler.is_enabled():  # as a GradScaler does: fused Adam leaves the step out where this is 1, without a wait
         optimizer.found_inf = (~sums["grad_norm"].isfinite()).float()
     scaler.step(optimizer)
     scaler.update()
@@ -383,31 +411,7 @@ def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float, step: int
         torch._foreach_lerp_(list(ema.values()), list(model.parameters()), 1 - decay)
 
 
-@contextmanager
-def averaged(model: nn.Module, ema: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the model holds the averaged weights (where there are any)."""
-    if not ema:
-        yield
-        return
-    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model.load_state_dict({**model.state_dict(), **ema})
-    yield
-    model.load_state_dict({**model.state_dict(), **kept})
-
-
-def selection(figures: dict[str, float]) -> float:
-    """What best.pt is chosen by: the mean of the branches' accuracies, as in the official code."""
-    main = [value for name, value in figures.items() if name.endswith(("_acc", "_f1"))]
-    return sum(main) / len(main)
-
-
-def is_due(epoch: int, settings: dict) -> bool:
-    """Is there an evaluation after this many epochs? Always after the last one."""
-    regular = epoch >= settings["evaluate_from"] and epoch % settings["evaluate_every"] == 0
-    return regular or epoch == settings["epochs"]
-
-
-# ------------------------------------------------------------------------------------------- ranks and folders
+# ------------------------------------------------------------------------------------------- options, ranks, folders
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -461,8 +465,8 @@ def found_run(out: Path, config: dict, resume: bool) -> dict | None:
     state = models.read_checkpoint(last)
     for section, keys in config.items():
         for key, value in keys.items():
-            if state["config"][section].get(key) != value and key not in ("workers", "micro_batch", "save_minutes"):
-                old = state["config"][section].get(key)
+            old = state["config"][section].get(key)
+            if old != value and key not in ("workers", "micro_batch", "save_minutes"):  # these may change
                 raise InputError(f"{out}: the run was started with {section}.{key}={old}, it cannot go on with {value}")
     return state
 
@@ -492,15 +496,17 @@ def save(run: Run, name: str, state: dict) -> bool:
     return True
 
 
-def make_embedded_set(section: dict) -> None:
-    """Write the shapes set on first use."""
-    folder, wanted = Path(section["images"]).parent, section["scenes"]
-    if section["generate"] and folder.exists():
+def make_embedded_set(settings: dict) -> None:
+    """Write the shapes set on first use, where the section `data` of a config asks for it."""
+    folder, wanted = Path(settings["images"]).parent, settings["scenes"]
+    if not settings["generate"]:
+        return
+    if folder.exists():
         scenes = len(list((folder / "images").glob("train_*.jpg")))
         if scenes != wanted:
             raise InputError(f"{folder}: holds a set of {scenes} scenes, not data.scenes={wanted}; remove it first")
-    elif section["generate"]:
-        data.make_shapes(folder, wanted, section["generate"])
+    else:
+        data.make_shapes(folder, wanted, settings["generate"])
 
 
 class Log:
@@ -548,7 +554,7 @@ class Log:
         row = {"split": split, "weights": weights, "epoch": progress["epoch"], "step": progress["step"]}
         self.write(row | {name: round(value, 6) for name, value in figures.items()})
         if self.run.rank == 0:
-            shown = "  ".join(f"{k} {100 * v:.1f}" for k, v in figures.items() if not k.startswith("n"))
+            shown = "  ".join(f"{k} {100 * v:.1f}" for k, v in figures.items() if k not in ("n", "n_none"))
             tqdm.write(f"epoch {row['epoch']}  {split}: {shown}", file=sys.stderr)
 
     def write(self, row: dict) -> None:

@@ -330,7 +330,7 @@ def change_coco(folder, change) -> None:
         (lambda coco: coco["annotations"][0].pop("bbox"), "row 0: .*KeyError..bbox"),
         (lambda coco: coco["annotations"].pop(0), "row 0: .*KeyError.9001"),
         (lambda coco: coco["annotations"][0].update(bbox=[1, 2, -3, 4]), "row 0: box"),
-        (lambda coco: coco["images"][0].update(file_name=None), "row 0: None of 'train' is no image"),
+        (lambda coco: coco["images"][0].update(file_name=None), "row 0: expected image and split, not None and 'train'"),
         (lambda coco: coco["images"][0].pop("width"), "row 0: .*KeyError..width"),
     ],
 )
@@ -345,7 +345,7 @@ def test_a_faulty_coco_file_beside_the_refs_is_refused(change, expected, tmp_pat
     ("ref", "expected"),
     [
         ({"ref_id": 0}, "row 1: ref_id 0 repeats"),
-        ({"split": "../x"}, "is no image of a split"),
+        ({"split": "../x"}, "expected image and split"),
         ({"sentences": 3}, "row 1"),
     ],
 )
@@ -420,7 +420,7 @@ def test_check_counts_what_is_there(own_set, tmp_path):
     counts = {line.rsplit(maxsplit=1)[0]: int(line.rsplit(maxsplit=1)[1]) for line in done.stdout.splitlines()[1:]}
     names = ("rows", "expressions", "- without a target", "- with one", "- with several")
     assert [counts[name] for name in names] == [11, 11, 1, 9, 1]
-    names = ("- said before of the same boxes", "- too long, so cut", "- with a box over the image's edge", "faults")
+    names = ("- repeated for the same boxes", "- too long, so cut", "- with a box over the image's edge", "faults")
     assert [counts[name] for name in names] == [1, 1, 1, 0]
 
 

@@ -282,7 +282,7 @@ def test_over_20000_draws_a_drawn_square_lies_under_its_box_and_no_box_loses_mor
         image = torch.zeros(3, height, width, dtype=torch.uint8)
         image[:, y : y + h, x : x + w] = 255
         box = torch.tensor([[x, y, x + w, y + h]], dtype=torch.float64)
-        seen, moved = data.jitter(image, box, (0.3, 1.4), 160, rng)
+        seen, moved = data.large_scale_jitter(image, box, (0.3, 1.4), 160, rng)
         x1, y1, x2, y2 = moved[0].tolist()
         assert 0 <= x1 < x2 <= seen.shape[2] + 1e-9 and 0 <= y1 < y2 <= seen.shape[1] + 1e-9
         whole = box / torch.tensor([width, height] * 2) * torch.tensor([seen.shape[2], seen.shape[1]] * 2)
@@ -305,7 +305,9 @@ def test_jitter_keeps_half_of_every_one_of_many_boxes():
     boxes = torch.tensor([[5.0, 5, 25, 25], [60, 60, 95, 95]])
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     for _ in range(200):
-        image, moved = data.jitter(torch.zeros(3, 100, 100, dtype=torch.uint8), boxes, (1.01, 3.0), 100, rng)
+        image, moved = data.large_scale_jitter(
+            torch.zeros(3, 100, 100, dtype=torch.uint8), boxes, (1.01, 3.0), 100, rng
+        )
         kept = (moved[:, 2:] - moved[:, :2]).prod(1)
         assert (kept >= 0.5 * area - 1e-3).all()
 

@@ -132,7 +132,7 @@ def test_a_batch_of_no_target_samples_is_finite_where_the_official_loss_is_nan(t
     assert terms["total"].isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     decoder = losses.simvg_loss(output, boxes[:1], mask[:1], 1.0, None, None)["total"]
     theirs = golden("losses.json")[f"{case}_decoder_only"]["losses"]["loss_total"]
-    assert float(decoder) == pytest.approx(theirs, rel=1e-5)
+    assert decoder.item() == pytest.approx(theirs, rel=1e-5)
 
 
 def test_six_training_steps_end_at_the_official_weights(tmp_path):
@@ -247,7 +247,7 @@ def test_a_grec_batch_of_targets_only_has_the_official_balanced_loss(tmp_path):
     boxes, mask = targets("grecpos_balanced", tensors)
     output = official_model(tmp_path, grec=True)(*(x[rows] for x in inputs("grec", golden("forward.npz"))))
     terms = losses.simvg_loss(output, boxes, mask, 1.0, 2.0, 1.0)
-    assert float(terms["total"]) == pytest.approx(about["losses"]["loss_total"], rel=1e-5)
+    assert terms["total"].item() == pytest.approx(about["losses"]["loss_total"], rel=1e-5)
 
 
 def test_all_53_recipes_hold_the_official_numbers():
