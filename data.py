@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, replace
@@ -82,9 +82,12 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
-def parse(parser: argparse.ArgumentParser, jobs: Sequence[argparse.ArgumentParser] = ()) -> argparse.Namespace:
-    """The command line; a mistyped option is met with the nearest right one. `jobs`: the subparsers."""
-    known = {option for each in (parser, *jobs) for option in re.findall(r"--[\w-]+", each.format_help())}
+def parse(
+    parser: argparse.ArgumentParser, jobs: Mapping[str, argparse.ArgumentParser] | None = None
+) -> argparse.Namespace:
+    """The command line; a mistyped option is met with the nearest right one. `jobs`: the subparsers by name."""
+    asked = (jobs or {}).get(sys.argv[1]) if len(sys.argv) > 1 else None
+    known = set(re.findall(r"--[\w-]+", (asked or parser).format_help()))
     for word in sys.argv[1:]:
         if word == "--":
             break
@@ -95,8 +98,9 @@ def parse(parser: argparse.ArgumentParser, jobs: Sequence[argparse.ArgumentParse
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.4)
-    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(words))}"
+    longer = sorted((other for other in words if other.startswith(word)), key=len)[:3]
+    close = longer or difflib.get_close_matches(word, words, n=1, cutoff=0.4)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are: {', '.join(sorted(words))}"
 
 
 # ----------------------------------------------------------------------------------------------------- configs
@@ -116,8 +120,12 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> dict:
         raise InputError(f"--config {spec}: expected FILE:NAME, such as configs.json:shapes")
     try:
         entries = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON: {error}") from None
+    if isinstance(entries.get(name), dict) and name != "default":
+        raise InputError(f"{path}: {name!r} is a fragment of recipes, not a recipe")
     if name not in entries:
         raise InputError(f"{path}: there is no config {name!r}; {nearest(name, list(entries))}")
     config = {section: dict(keys) for section, keys in entries["default"].items()}
@@ -140,6 +148,9 @@ def override_config(config: dict, overrides: Sequence[str]) -> None:
         except ValueError:
             value = text
         _set(config, "--set", key, value)
+    annotations = config["data"]["annotations"]
+    if "{split}" not in annotations and not annotations.endswith(".json"):
+        raise InputError(f"data.annotations={annotations}: expected {{split}} in the name, or an official .json")
 
 
 def _fragments(entries: dict, name: str) -> Iterator[str]:
@@ -258,7 +269,8 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
 def _row(row: object, where: str, settings: dict) -> Row:
     """A row of either form -> Row; InputError says what is wrong with it."""
     if not isinstance(row, dict) or not ({"image", "boxes"} <= row.keys() or {"image_id", "bbox"} <= row.keys()):
-        raise InputError(f'{where}: expected an object with "image", "expressions" and "boxes"')
+        has = f", not with {', '.join(map(str, row))}" if isinstance(row, dict) else ""
+        raise InputError(f'{where}: expected an object with "image", "expressions" and "boxes"{has}')
     image, source, expressions = row.get("image", row.get("image_id")), row.get("source"), row.get("expressions")
     if not isinstance(expressions, list) or not expressions:
         raise InputError(f'{where}: "expressions" must be a list of one or more strings')
@@ -347,6 +359,8 @@ def check_box(box: object, size: tuple[int, int] | None, where: str) -> None:
     x, y, w, h = box
     if w <= 0 or h <= 0:
         raise InputError(f"{where}: box {list(box)} has no area (expected [x, y, w, h] in pixels)")
+    if max(box) < 1:
+        raise InputError(f"{where}: box {list(box)} lies in one pixel (expected [x, y, w, h] in pixels, not in 0..1)")
     if size:
         inside = [
             max(0, min(at + side, most) - max(at, 0)) for at, side, most in zip((x, y), (w, h), size, strict=True)
@@ -415,7 +429,7 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         if not Path(path).is_file():
-            raise InputError(f"{path}: there is no such tokenizer (for BEiT-3 it is beit3.spm)")
+            raise InputError(f"{path}: there is no such tokenizer (data.tokenizer; for BEiT-3 it is beit3.spm)")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
@@ -727,6 +741,10 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
     print(f"{'':36}" + "".join(f"{split:>12}" for split in splits))
     for name in CHECKED:
         print(f"{name:36}" + "".join(f"{table[split][name]:>12,}" for split in splits))
+    several = sum(counts["- without a target"] + counts["- with several"] for counts in table.values())
+    if several and config["model"]["queries"] == 1:
+        fit = "a recipe with one query, as this one, answers one box; grefcoco has ten"
+        print(f"note: {several:,} expressions without or with several targets: {fit}", file=sys.stderr)
     for fault in faults[:20]:
         print(fault)
     if faults:
@@ -1195,6 +1213,17 @@ def make_shapes(folder: Path, scenes: int, set_name: str, show: bool = True) -> 
         part.rename(folder)
 
 
+def make_embedded_set(settings: dict) -> None:
+    """Write the shapes set on first use, where the section `data` of a config asks for it and not for other files."""
+    folder, wanted = Path(settings["annotations"]).parent, settings["scenes"]
+    if not settings["generate"] or folder != Path(settings["tokenizer"]).parent:
+        return
+    if not folder.exists():
+        make_shapes(folder, wanted, settings["generate"])
+    elif (scenes := len(list((folder / "images").glob("train_*.jpg")))) != wanted:
+        raise InputError(f"{folder}: holds a set of {scenes} scenes, not data.scenes={wanted}; remove it first")
+
+
 # -------------------------------------------------------------------------------------------------- the program
 
 
@@ -1204,6 +1233,7 @@ def main() -> None:
         convert(args.sources, args.to, args.published)
         return
     config = load_config(args.config, args.set)
+    make_embedded_set(config["data"])
     if args.job == "check":
         check(config, args.split or ["train", *config["data"]["eval_splits"]], args.images)
     else:
@@ -1240,7 +1270,7 @@ def parse_arguments() -> argparse.Namespace:
     job.add_argument("--split", default="train", metavar="NAME", help="default: train")
     job.add_argument("-n", type=int, default=16, help="number of examples (default: 16)")
     job.add_argument("--save", default="examples.png", metavar="FILE", help="default: examples.png")
-    return parse(parser, list(jobs.choices.values()))
+    return parse(parser, jobs.choices)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ import data
 import model as models
 from data import InputError
 
+MIN_IOU = 0.5  # a box is right from this IoU on; in gREC from this generalised IoU
 THRESHOLD = 0.7  # a gREC query is an answer from this score on
 BRANCHES = ("decoder", "token")
 
@@ -53,7 +54,7 @@ def rec_correct(boxes_xyxy: Tensor, truth_xyxy: Tensor) -> Tensor:
     a, b = boxes_xyxy.double(), truth_xyxy.double()
     overlap = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
     union = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - overlap
-    return overlap / union.clamp(min=1e-6) >= 0.5
+    return overlap / union.clamp(min=1e-6) >= MIN_IOU
 
 
 def grec_correct(scores: Tensor, boxes_xyxy: Tensor, truth_xyxy: Tensor, threshold: float = THRESHOLD) -> bool:
@@ -67,7 +68,7 @@ def grec_correct(scores: Tensor, boxes_xyxy: Tensor, truth_xyxy: Tensor, thresho
     giou = generalized_box_iou(answers, truth_xyxy.to(answers))  # (n, n)
     for _ in range(len(truth_xyxy)):
         row, column = divmod(int(giou.argmax()), len(truth_xyxy))
-        if giou[row, column] < 0.5:
+        if giou[row, column] < MIN_IOU:
             return False
         giou[row], giou[:, column] = -1, -1
     return True
@@ -352,7 +353,8 @@ def draw_attention(
         words = tokenizer.pieces(text, max_tokens)
         looks = {"object token": maps.object_token[-1, i], "decoder query": maps.queries[-1, i, maps.best[i]]}
         looks |= {f"{j}: {word}": maps.words[-1, i, j + 1] for j, word in enumerate(words)}  # + 1: after <s>
-        tiles.append([draw_heat(image, look.cpu(), f"{name} ({text})") for name, look in looks.items()])
+        heats = [draw_heat(image, look.cpu(), f"{name} ({text})") for name, look in looks.items()]
+        tiles.append([data.draw(image, {}, text), *heats])
     width = max(map(len, tiles))
     empty = Image.new("RGB", tiles[0][0].size)
     data.tile([tile for row in tiles for tile in row + [empty] * (width - len(row))], path, columns=width)

@@ -56,6 +56,7 @@ class Run:
     branch: str  # "both", "decoder" or "token"
     amp: torch.dtype | None
     stopped: list[int] = field(default_factory=list)  # signals received
+    evaluating: bool = False  # a signal ends the run at once: last.pt is from just before
     skipped_in_a_row: int = 0  # steps that were not finite
     progress: dict = field(
         default_factory=lambda: {"epoch": 0, "step_in_epoch": 0, "step": 0, "skipped": 0, "best": -1.0}
@@ -73,7 +74,7 @@ def main() -> None:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
     state = found_run(out, config, args.resume or restarted)
     if rank == 0:
-        make_embedded_set(data_settings)
+        data.make_embedded_set(data_settings)
     wait_for_all()
 
     # 2. data, model, optimiser
@@ -104,10 +105,12 @@ def main() -> None:
         announce(run, keys.steps, micro)
     log = Log(run, keys.steps)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: run.stopped.append(received))
+        signal.signal(number, lambda received, _: on_signal(run, received))
     while run.progress["epoch"] < settings["epochs"]:
         train_epoch(run, stream, per_step, keys.steps, log, rows)
         save_last(run)  # first, so that a failing evaluation cannot cost the epoch; a resumed run evaluates again
+        if on_any_rank(bool(run.stopped)):
+            stop(run, log, None)
         run.progress |= {"epoch": run.progress["epoch"] + 1, "step_in_epoch": 0}
         if is_due(run.progress["epoch"], settings):
             first = data_settings["eval_splits"][0]
@@ -150,7 +153,7 @@ def announce(run: Run, steps: int, micro: int) -> None:
     print(
         f"{run.out}: steps {run.progress['step']} to {settings['epochs'] * steps} of {settings['batch_size']} examples "
         f"({micro} at a time), {run.world} rank(s) on {model.mean.device.type}, {settings['amp'] or 'fp32'}, "
-        f"{trained:,} parameters, branch {run.branch}, about {expected_memory(run, micro) / 1e9:.1f} GB a rank",
+        f"{trained:,} parameters, branch {run.branch}, about {expected_memory(run, micro) / 1e9:.1f} GB of tensors",
         file=sys.stderr,
     )
 
@@ -220,6 +223,15 @@ def on_any_rank(flag: bool) -> bool:
     return flags.item() > 0
 
 
+def on_signal(run: Run, number: int) -> None:
+    """Remember it for the next step; or, in an evaluation, leave at once."""
+    run.stopped.append(number)
+    if run.evaluating:
+        if run.rank == 0:
+            print("stopped in an evaluation; the same command with --resume goes on", file=sys.stderr)
+        sys.exit(128 + number)
+
+
 def stop(run: Run, log: "Log", fault: InputError | None) -> None:
     """Save and leave: after a signal, or because some rank cannot go on."""
     saved = save_last(run)
@@ -227,7 +239,7 @@ def stop(run: Run, log: "Log", fault: InputError | None) -> None:
     if fault:
         print(f"train.py: {fault}", file=sys.stderr)
     if run.rank == 0 and saved:
-        print(f"stopped after step {run.progress['step']}; --resume goes on", file=sys.stderr)
+        print(f"stopped after step {run.progress['step']}; the same command with --resume goes on", file=sys.stderr)
     status = 128 + run.stopped[0] if run.stopped else 2  # as a shell tells of a signal
     leave(status if saved else 2)
 
@@ -302,9 +314,7 @@ def is_due(epoch: int, settings: dict) -> bool:
 def validate(run: Run, split: str, dataset: data.Dataset, collate: data.Collate, log: "Log") -> None:
     """Evaluate (the averaged weights, where there are any) and keep the best as best.pt."""
     with averaged(run.model, run.ema):
-        workers = run.config["data"]["workers"]
-        results = evaluate.evaluate(run.model, dataset, collate, run.branch, workers=workers, amp=run.amp, title=split)
-        figures = evaluate.summary(results, dataset.rows, run.config["model"]["queries"] > 1)
+        _, figures = evaluate_split(run, run.model, split, dataset, collate)
         if (value := selection(figures)) > run.progress["best"]:
             best = {"model": run.model.state_dict(), "ema": {}, "config": run.config, "figures": figures}
             if save(run, "best.pt", {**best, **run.progress, "best": value}):
@@ -315,18 +325,30 @@ def validate(run: Run, split: str, dataset: data.Dataset, collate: data.Collate,
 def report_best(run: Run, rows: Sequence[data.Row], splits: dict, collate: data.Collate, log: "Log") -> None:
     """Evaluate best.pt on every split: a table each, and pictures of the last split."""
     model = models.load(run.out / "best.pt", run.model.mean.device)
-    workers, grec = run.config["data"]["workers"], run.config["model"]["queries"] > 1
     for split, dataset in splits.items():
-        results = evaluate.evaluate(model, dataset, collate, run.branch, workers=workers, amp=run.amp, title=split)
-        figures = evaluate.summary(results, dataset.rows, grec)
+        results, figures = evaluate_split(run, model, split, dataset, collate)
         log.figures(split, figures, weights="best")
         if run.rank == 0:
+            grec = run.config["model"]["queries"] > 1
             baseline = None if grec else evaluate.mean_box_accuracy(rows, dataset.rows)
             evaluate.print_table(split, figures, evaluate.by_kind(results, dataset.rows), baseline)
     if run.rank == 0:
         evaluate.draw_page(dataset.rows[:16], results[:16], run.out / "samples.png")  # of the last split
         evaluate.draw_curves(log.records, run.out / "curves.png")
         print(f"weights: {run.out}/best.pt   pictures: {run.out}/samples.png {run.out}/curves.png")
+
+
+def evaluate_split(
+    run: Run, model: models.SimVG, split: str, dataset: data.Dataset, collate: data.Collate
+) -> tuple[list[dict[str, evaluate.Result]], dict[str, float]]:
+    """The results of a split and their summary."""
+    run.evaluating = True
+    if run.stopped:
+        on_signal(run, run.stopped[0])
+    workers = run.config["data"]["workers"]
+    results = evaluate.evaluate(model, dataset, collate, run.branch, workers=workers, amp=run.amp, title=split)
+    run.evaluating = False
+    return results, evaluate.summary(results, dataset.rows, run.config["model"]["queries"] > 1)
 
 
 # ----------------------------------------------------------------------------------------------------- a step
@@ -496,19 +518,6 @@ def save(run: Run, name: str, state: dict) -> bool:
     return True
 
 
-def make_embedded_set(settings: dict) -> None:
-    """Write the shapes set on first use, where the section `data` of a config asks for it."""
-    folder, wanted = Path(settings["images"]).parent, settings["scenes"]
-    if not settings["generate"]:
-        return
-    if folder.exists():
-        scenes = len(list((folder / "images").glob("train_*.jpg")))
-        if scenes != wanted:
-            raise InputError(f"{folder}: holds a set of {scenes} scenes, not data.scenes={wanted}; remove it first")
-    else:
-        data.make_shapes(folder, wanted, settings["generate"])
-
-
 class Log:
     """metrics.jsonl: one JSON object a line, the training rows as means over LOG_EVERY steps and over the ranks."""
 
@@ -555,7 +564,8 @@ class Log:
         self.write(row | {name: round(value, 6) for name, value in figures.items()})
         if self.run.rank == 0:
             shown = "  ".join(f"{k} {100 * v:.1f}" for k, v in figures.items() if k not in ("n", "n_none"))
-            tqdm.write(f"epoch {row['epoch']}  {split}: {shown}", file=sys.stderr)
+            title = "best.pt" if weights == "best" else f"epoch {row['epoch']}"
+            tqdm.write(f"{title}  {split}: {shown}", file=sys.stderr)
 
     def write(self, row: dict) -> None:
         if self.run.rank == 0:

@@ -149,7 +149,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.seed is not None:
         return one(args)
-    train.make_embedded_set(data.load_config(args.config)["data"])
+    data.make_embedded_set(data.load_config(args.config)["data"])
     variants = [args.variant] if args.variant else list(VARIANTS)
     again = [sys.executable, __file__, "--config", args.config, "--epochs", str(args.epochs), "--out", str(args.out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

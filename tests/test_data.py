@@ -69,6 +69,9 @@ def test_overrides_come_last_and_whole_numbers_serve_as_floats():
         ("refcoco", ["train.lr=null"], "a number"),
         ("refcoco", ["data.eval_splits=val"], "a list"),
         ("refcoco", ["train.lr"], "section.key=value"),
+        ("refcocog", [], "'refcocog-umd' or 'refcocog-google'"),
+        ("stage2", [], "is a fragment of recipes"),
+        ("refcoco", ["data.annotations=mine/train.jsonl"], "expected {split} in the name"),
     ],
 )
 def test_a_mistake_in_a_config_names_the_nearest_right_thing(spec, overrides, expected):
@@ -179,6 +182,7 @@ def test_in_the_official_grefcoco_file_each_expression_has_its_own_boxes_or_none
         {**GOOD, "boxes": [[1, 2, 0, 4]]},
         {**GOOD, "boxes": [[10, 10, -5, 4]]},
         {**GOOD, "boxes": [[60, 10, 30, 4]]},
+        {**GOOD, "boxes": [[0.1, 0.2, 0.5, 0.6]]},
         {**GOOD, "boxes": [[-20, 10, 30, 4]]},
         {**GOOD, "boxes": [[1, 2, 10**400, 4]]},
         {**GOOD, "boxes": [[[1, 2, 3, 4]]]},

@@ -1,6 +1,7 @@
 """train.py: ranks, stops and restarts change nothing; every regime is one command."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -110,6 +111,34 @@ def test_a_run_that_was_stopped_and_killed_ends_with_bitwise_the_same_weights(sh
     assert steps == [(r["split"], r["step"]) for r in rows(shapes, "broken")]
 
 
+def test_a_signal_in_an_evaluation_ends_the_run_at_once_and_that_evaluation_comes_again(
+    shapes, trained, monkeypatch, capsys
+):
+    def killed(*_, **__) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", killed)
+        with pytest.raises(AssertionError, match="130"):  # the status that `start` did not expect
+            start(shapes, "impatient")
+    assert "stopped in an evaluation; the same command with --resume goes on" in capsys.readouterr().err
+    assert last(shapes, "impatient")["step"] < last(shapes, "trained")["step"]
+    start(shapes, "impatient", "--resume")
+    steps = [[(row["split"], row["step"]) for row in rows(shapes, out)] for out in ("impatient", "trained")]
+    assert steps[0] == steps[1]
+    a, b = last(shapes, "impatient")["model"], last(shapes, "trained")["model"]
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_own_rows_under_the_recipe_of_the_embedded_set_draw_nothing_and_touch_nothing(shapes):
+    good = (shapes / "data/shapes/train.jsonl").read_text().splitlines()[:16]
+    for split in ("train", "val", "test"):
+        (shapes / f"own-{split}.jsonl").write_text("\n".join(good))
+    start(shapes, "own", "data.annotations=own-{split}.jsonl", "data.scenes=20000")
+    assert rows(shapes, "own")[-1]["n"] == sum(len(json.loads(line)["expressions"]) for line in good)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -118,13 +147,13 @@ def test_a_run_that_was_stopped_and_killed_ends_with_bitwise_the_same_weights(sh
         (["--config", "configs.json:shapes", "--set", "train.epochs=many"], "train.epochs must be an integer"),
         (["--config", "configs.json:shapes", "--set", "data.tokenizer=no.spm"], "no.spm"),
         (["--config", "configs.json:shapes", "--set", "data.images=data/shapes/nowhere"], "there is no image"),
-        (["--config", "configs.json:shapes", "--set", "data.annotations=bad.jsonl"], "bad.jsonl:2: box"),
+        (["--config", "configs.json:shapes", "--set", "data.annotations=bad-{split}.jsonl"], "bad-train.jsonl:2: box"),
         (["--config", "configs.json:shapes", "--init", "configs.json"], "configs.json: is not a checkpoint"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2_and_leaves_no_run_behind(arguments, expected, shapes):
     good = (shapes / "data/shapes/train.jsonl").read_text().splitlines()[0]
-    (shapes / "bad.jsonl").write_text(good + "\n" + json.dumps({**json.loads(good), "boxes": [[90, 90, 20, 20]]}))
+    (shapes / "bad-train.jsonl").write_text(good + "\n" + json.dumps({**json.loads(good), "boxes": [[90, 90, 20, 20]]}))
     sets = [] if "--set" in arguments else ["--set"]
     done = program("train.py", *arguments, *sets, "data.scenes=60", "--out", "runs/bad", cwd=shapes, status=2)
     assert expected in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
