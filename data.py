@@ -86,20 +86,22 @@ def parse(
     parser: argparse.ArgumentParser, jobs: Mapping[str, argparse.ArgumentParser] | None = None
 ) -> argparse.Namespace:
     """The command line; a mistyped option is met with the nearest right one. `jobs`: the subparsers by name."""
-    asked = (jobs or {}).get(sys.argv[1]) if len(sys.argv) > 1 else None
-    known = set(re.findall(r"--[\w-]+", (asked or parser).format_help()))
+    asked = parser if jobs is None else jobs.get("".join(sys.argv[1:2]))
+    if asked is None:
+        return parser.parse_args()  # which says what is wrong with the job
+    known = set(re.findall(r"--[\w-]+", asked.format_help()))
     for word in sys.argv[1:]:
         if word == "--":
             break
         name = word.partition("=")[0]
         if name.startswith("--") and not any(option.startswith(name) for option in known):
-            parser.error(f"there is no {name}, {nearest(name, list(known))}")
+            asked.error(f"there is no {name}, {nearest(name, list(known))}")
     return parser.parse_args()
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
     longer = sorted((other for other in words if other.startswith(word)), key=len)[:3]
-    close = longer or difflib.get_close_matches(word, words, n=1, cutoff=0.4)
+    close = longer or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are: {', '.join(sorted(words))}"
 
 

@@ -1,0 +1,61 @@
+"""The three command lines: help, mistyped options, Ctrl-C."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+
+import data
+import evaluate
+import train
+from conftest import command_line, environment
+
+PROGRAMS = {"train": train, "evaluate": evaluate, "data": data}
+
+
+def said(line: str, monkeypatch, capsys) -> str:
+    """What a program prints when its command line ends it."""
+    name, *words = line.split()
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *words])
+    with pytest.raises(SystemExit):
+        PROGRAMS[name].parse_arguments()
+    printed = capsys.readouterr()
+    return printed.out + printed.err
+
+
+@pytest.mark.parametrize("line", ["train", "evaluate", "data", "data check", "data convert", "data show"])
+def test_help_fits_a_terminal_of_80_columns_and_explains_every_option(line, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = said(f"{line} --help", monkeypatch, capsys)
+    assert max(map(len, text.splitlines())) <= 80
+    options = text.partition("options:")[2].split("\n  -")
+    assert len(options) > 1 and all(len(option.split()) > 3 for option in options[1:])
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("train --confg configs.json:shapes", "there is no --confg, did you mean '--config'?"),
+        ("train --config configs.json:shapes --reusme", "there is no --reusme, did you mean '--resume'?"),
+        ("evaluate --chpt best.pt", "there is no --chpt, did you mean '--ckpt'?"),
+        ("evaluate --ckpt best.pt --atention", "there is no --atention, did you mean '--attention'?"),
+        ("evaluate --ckpt=best.pt --repotr=a.html", "there is no --repotr, did you mean '--report'?"),
+        ("data check --imgaes", "there is no --imgaes, did you mean '--images'?"),
+        ("data show --nmuber 4", "there is no --nmuber, there are: --config, --help, --save, --set, --split"),
+        ("data covnert a.json --to b", "'covnert'"),
+        ("evaluate --ckpt best.pt --text a", "--image and --text go together"),
+    ],
+)
+def test_a_mistyped_option_is_met_with_the_right_one(line, expected, monkeypatch, capsys):
+    text = said(line, monkeypatch, capsys)
+    assert expected in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.5])
+def test_ctrl_c_leaves_no_traceback_while_torch_is_imported_nor_later(seconds, trained, shapes):
+    line = command_line("evaluate.py", "--ckpt", str(trained / "best.pt"))
+    process = subprocess.Popen(line, cwd=shapes, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == b"" and process.returncode in (130, -signal.SIGINT)
