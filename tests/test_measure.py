@@ -18,7 +18,7 @@ def tiny_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = json.loads((ROOT / "configs.json").read_text())
     entries["default"]["model"] |= {**TINY, "patch_size": 32, "vocab_size": 60_001}
     path = tmp_path / "configs.json"
-    path.write_text(json.dumps({"default": entries["default"], "refcoco": {}, "refcoco-large": {}}))
+    path.write_text(json.dumps({"default": entries["default"], "refcoco": [], "refcoco-large": []}))
     monkeypatch.setattr(benchmark, "CONFIGS", str(path))
 
 
