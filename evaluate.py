@@ -289,7 +289,7 @@ def draw_panel(pen: ImageDraw.ImageDraw, top: int, rows: Sequence[dict], names: 
     last, high = rows[-1]["step"], max(row.get(name, 0) for row in rows for name in names) or 1
     pen.text((5, top), f"{high:.3g}", fill="black")
     pen.text((5, top + height - 12), "0", fill="black")
-    pen.text((left + width - 70, top + height - 14), f"step {last}", fill="black")
+    pen.text((left + width - 70, top + height + 4), f"step {last}", fill="black")
     for i, name in enumerate(names):
         ink = ("black", "royalblue", "darkorange", "seagreen")[i]
         points = [(left + width * r["step"] / last, top + height * (1 - r[name] / high)) for r in rows if name in r]
