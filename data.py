@@ -611,6 +611,11 @@ class _Guarded:
             return error
 
 
+def _ignore_ctrl_c(worker: int) -> None:
+    """In a worker, which a terminal's Ctrl-C reaches, too: what follows is the main process's to decide."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def batches(dataset: Dataset, collate: Collate, keys: Sequence, workers: int, pin: bool = False) -> Iterator[Batch]:
     """Batches of the examples `keys`, an iterable of lists of (epoch, index), with at most a worker per core.
     InputError where an example cannot be read, or a worker was killed."""
@@ -622,6 +627,7 @@ def batches(dataset: Dataset, collate: Collate, keys: Sequence, workers: int, pi
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_ignore_ctrl_c,
         generator=torch.Generator(),  # else the loader would draw from the global generator
     )
     try:

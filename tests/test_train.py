@@ -131,6 +131,25 @@ def test_a_signal_in_an_evaluation_ends_the_run_at_once_and_that_evaluation_come
     assert all(torch.equal(value, b[name]) for name, value in a.items())
 
 
+def test_ctrl_c_in_a_terminal_reaches_the_loader_processes_too_and_is_said_once(shapes):
+    lines = (shapes / "data/shapes/train.jsonl").read_text().splitlines()
+    (shapes / "much-train.jsonl").write_text("\n".join(lines[:16]))
+    (shapes / "much-val.jsonl").write_text("\n".join(lines * 20))
+    settings = ["data.annotations=much-{split}.jsonl", 'data.eval_splits=["val"]', "data.workers=2"]
+    command = command_line("train.py", "--config", "configs.json:shapes", "--out", "runs/much")
+    command += ["--set", *SMALL_RUN, *settings]
+    process = subprocess.Popen(
+        command, cwd=shapes, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not (shapes / "runs/much/last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and errors.count("--resume goes on") == 1 and "Traceback" not in errors, errors
+
+
 def test_own_rows_under_the_recipe_of_the_embedded_set_draw_nothing_and_touch_nothing(shapes):
     good = (shapes / "data/shapes/train.jsonl").read_text().splitlines()[:16]
     for split in ("train", "val", "test"):
