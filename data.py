@@ -271,7 +271,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
 def _row(row: object, where: str, settings: dict) -> Row:
     """A row of either form -> Row; InputError says what is wrong with it."""
     if not isinstance(row, dict) or not ({"image", "boxes"} <= row.keys() or {"image_id", "bbox"} <= row.keys()):
-        has = f", not with {', '.join(map(str, row))}" if isinstance(row, dict) else ""
+        has = f", not {list(row)!r:.80}" if isinstance(row, dict) else ""
         raise InputError(f'{where}: expected an object with "image", "expressions" and "boxes"{has}')
     image, source, expressions = row.get("image", row.get("image_id")), row.get("source"), row.get("expressions")
     if not isinstance(expressions, list) or not expressions:

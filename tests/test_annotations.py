@@ -332,7 +332,7 @@ def change_coco(folder, change) -> None:
         (lambda coco: coco["annotations"][0].update(bbox=[1, 2, -3, 4]), "row 0: box"),
         (
             lambda coco: coco["images"][0].update(file_name=None),
-            "row 0: expected image and split, not None",
+            "row 0: expected image and split, not None and 'train'",
         ),
         (lambda coco: coco["images"][0].pop("width"), "row 0: .*KeyError..width"),
     ],

@@ -170,6 +170,7 @@ def test_in_the_official_grefcoco_file_each_expression_has_its_own_boxes_or_none
     "bad",
     [
         *("{", "[]", "{}", '"a"', "null", "[" * 100_000, b'{"image": "\xff"}'),
+        {"image": "a.jpg", "a\nb": 3},
         {**GOOD, "image": 3},
         {**GOOD, "expressions": []},
         {**GOOD, "expressions": "the dog"},
