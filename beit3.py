@@ -137,7 +137,8 @@ class BEiT3(nn.Module):
         image, text, readable = self.embed(images, tokens, text_pad)
         keep = self.keep_factors(len(images))
         for i, layer in enumerate(self.layers):
-            last, layer_keep = i == len(self.layers) - 1, None if keep is None else keep[i]
+            last = i == len(self.layers) - 1
+            layer_keep = None if keep is None else keep[i]
             inputs = image, text, readable, layer_keep, object_only and last
             if self.checkpointing and torch.is_grad_enabled():
                 image, text = checkpoint(layer, *inputs, use_reentrant=False)
@@ -240,7 +241,8 @@ def convert(official: dict[str, Tensor]) -> dict[str, Tensor]:
             parts = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+?)\.([AB])(.*)\.(weight|bias)", name)
             if parts is None or parts[2] + parts[4] not in _LAYER_NAMES:
                 raise KeyError(name)
-            ours[f"layers.{parts[1]}.{_EXPERTS[parts[3]]}.{_LAYER_NAMES[parts[2] + parts[4]]}.{parts[5]}"] = value
+            index, before, expert, after, leaf = parts.groups()
+            ours[f"layers.{index}.{_EXPERTS[expert]}.{_LAYER_NAMES[before + after]}.{leaf}"] = value
         elif "embed_positions" in name:
             ours[_OUTER_NAMES[name]] = value[2:]  # fairseq starts to count at 2: the first two rows are never read
         else:

@@ -108,9 +108,9 @@ def main() -> None:
         signal.signal(number, lambda received, _: on_signal(run, received))
     while run.progress["epoch"] < settings["epochs"]:
         train_epoch(run, stream, per_step, keys.steps, log, rows)
-        save_last(run)  # first, so that a failing evaluation cannot cost the epoch; a resumed run evaluates again
         if on_any_rank(bool(run.stopped)):
             stop(run, log, None)
+        save_last(run)  # first, so that a failing evaluation cannot cost the epoch; a resumed run evaluates again
         run.progress |= {"epoch": run.progress["epoch"] + 1, "step_in_epoch": 0}
         if is_due(run.progress["epoch"], settings):
             first = data_settings["eval_splits"][0]

@@ -1,5 +1,6 @@
 """beit3.py: two experts and one attention."""
 
+import pytest
 import torch
 
 import beit3
@@ -104,3 +105,9 @@ def test_the_released_text_positions_have_one_frequency():
     torch.testing.assert_close(table[:, 1], torch.tensor(about["col1"]))
     assert (table[:, 2::2] == 0).all() and (table[:, 3::2] == 1).all()
     assert not torch.equal(table, beit3.sine_1d(*about["shape"]))
+
+
+def test_a_tensor_of_an_unknown_layer_part_is_refused_by_its_whole_name():
+    for name in ("encoder.layers.0.self_attn.foo.A.weight", "encoder.layers.0.self_attn.q_proj.weight"):
+        with pytest.raises(KeyError, match=name):
+            beit3.convert({name: torch.zeros(1)})

@@ -118,10 +118,9 @@ def small_recipes() -> dict:
     entries = json.loads((ROOT / "configs.json").read_text())
     for name, fragment in entries.items():
         if name != "default" and isinstance(fragment, dict):
-            kept = {"model": {"queries"}, "train": set(), "data": {"annotations", "images", "tokenizer", "generate"}}
-            for section in fragment:
-                losses = {key for key in fragment[section] if key.startswith("loss_")}
-                fragment[section] = {k: v for k, v in fragment[section].items() if k in kept[section] | losses}
+            kept = ("queries", "annotations", "images", "tokenizer", "generate", "loss_")
+            for section, keys in fragment.items():
+                fragment[section] = {key: value for key, value in keys.items() if key.startswith(kept)}
     sizes = {"encoder_width": 48, "encoder_ffn": 96, "encoder_layers": 3, "encoder_heads": 4}
     default = entries["default"]
     default["model"] |= {**TINY, **sizes, "vocab_size": VOCABULARY}
@@ -152,7 +151,7 @@ def workplace(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> 
     photos = tmp_path / "data" / "images" / "mscoco" / "train2014"
     (tmp_path / "mine" / "images").mkdir(parents=True)
     photos.mkdir(parents=True)
-    sizes = {photos / NAME.format(image): (64, 48) for image in (154, 309, 605)} | {tmp_path / "photo.jpg": (640, 480)}
+    sizes = {photos / NAME.format(image): (64, 48) for image in (154, 309, 605)}
     sizes |= {tmp_path / "mine" / "images" / name: (640, 480) for name in ("a.jpg", "b.jpg")}
     for path, size in sizes.items():
         Image.new("RGB", size, (90, 120, 150)).save(path)
