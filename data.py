@@ -30,7 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -611,9 +611,12 @@ class _Guarded:
             return error
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    """In a worker, which a terminal's Ctrl-C reaches, too: what follows is the main process's to decide."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_the_end_to_main(worker: int) -> None:
+    """In a worker: what a signal leads to is the main process's to decide, and to say."""
+    os.setpgid(0, 0)  # Ctrl-C in a terminal and torchrun signal the whole process group
+    sys.excepthook = lambda *_: (
+        None
+    )  # called by the thread that hands tensors over, where the main process left amid it
 
 
 def batches(dataset: Dataset, collate: Collate, keys: Sequence, workers: int, pin: bool = False) -> Iterator[Batch]:
@@ -627,11 +630,16 @@ def batches(dataset: Dataset, collate: Collate, keys: Sequence, workers: int, pi
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_ctrl_c,
+        worker_init_fn=_leave_the_end_to_main,
         generator=torch.Generator(),  # else the loader would draw from the global generator
     )
     try:
-        for batch in loader:
+        before = signal.getsignal(signal.SIGCHLD)
+        iterator = iter(loader)
+        # torch's handler would raise amid whatever is being done when a worker dies; the wait for a batch notices, too.
+        with suppress(ValueError):  # outside the main thread, where torch sets none
+            signal.signal(signal.SIGCHLD, before)
+        for batch in iterator:
             if isinstance(batch, InputError):
                 raise batch
             yield batch

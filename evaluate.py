@@ -23,7 +23,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -115,10 +115,11 @@ def evaluate(
     workers: int = 0,
     amp: torch.dtype | None = None,
     title: str = "",
+    after_batch: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Result]]:
     """The results of every example, in order, {branch: Result}: on all ranks together, the same list on each.
 
-    Where the GPU's memory does not hold `batch_size` examples, it goes on with half of it.
+    Where the GPU's memory does not hold `batch_size` examples, it goes on with half of it. `after_batch` may raise.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device, training = model.mean.device, model.training
@@ -134,6 +135,7 @@ def evaluate(
                 ):
                     results |= judge_batch(model, batch.to(device), branch, amp)
                     bar.update(len(batch.index))
+                    after_batch()
             except torch.OutOfMemoryError:
                 if batch_size == 1:
                     raise

@@ -56,7 +56,6 @@ class Run:
     branch: str  # "both", "decoder" or "token"
     amp: torch.dtype | None
     stopped: list[int] = field(default_factory=list)  # signals received
-    evaluating: bool = False  # a signal ends the run at once: last.pt is from just before
     skipped_in_a_row: int = 0  # steps that were not finite
     progress: dict = field(
         default_factory=lambda: {"epoch": 0, "step_in_epoch": 0, "step": 0, "skipped": 0, "best": -1.0}
@@ -105,7 +104,7 @@ def main() -> None:
         announce(run, keys.steps, micro)
     log = Log(run, keys.steps)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: on_signal(run, received))
+        signal.signal(number, lambda received, _: run.stopped.append(received))
     while run.progress["epoch"] < settings["epochs"]:
         train_epoch(run, stream, per_step, keys.steps, log, rows)
         if on_any_rank(bool(run.stopped)):
@@ -223,15 +222,6 @@ def on_any_rank(flag: bool) -> bool:
     return flags.item() > 0
 
 
-def on_signal(run: Run, number: int) -> None:
-    """Remember it for the next step; or, in an evaluation, leave at once."""
-    run.stopped.append(number)
-    if run.evaluating:
-        if run.rank == 0:
-            print("stopped in an evaluation; the same command with --resume goes on", file=sys.stderr)
-        sys.exit(128 + number)
-
-
 def stop(run: Run, log: "Log", fault: InputError | None) -> None:
     """Save and leave: after a signal, or because some rank cannot go on."""
     saved = save_last(run)
@@ -341,13 +331,16 @@ def report_best(run: Run, rows: Sequence[data.Row], splits: dict, collate: data.
 def evaluate_split(
     run: Run, model: models.SimVG, split: str, dataset: data.Dataset, collate: data.Collate
 ) -> tuple[list[dict[str, evaluate.Result]], dict[str, float]]:
-    """The results of a split and their summary."""
-    run.evaluating = True
-    if run.stopped:
-        on_signal(run, run.stopped[0])
-    workers = run.config["data"]["workers"]
-    results = evaluate.evaluate(model, dataset, collate, run.branch, workers=workers, amp=run.amp, title=split)
-    run.evaluating = False
+    """The results of a split and their summary. A signal ends the run after a batch: last.pt is from just before."""
+
+    def leave_if_stopped() -> None:
+        if run.stopped:
+            if run.rank == 0:
+                print("stopped in an evaluation; the same command with --resume goes on", file=sys.stderr)
+            sys.exit(128 + run.stopped[0])
+
+    options = {"workers": run.config["data"]["workers"], "amp": run.amp, "after_batch": leave_if_stopped}
+    results = evaluate.evaluate(model, dataset, collate, run.branch, title=split, **options)
     return results, evaluate.summary(results, dataset.rows, run.config["model"]["queries"] > 1)
 
 

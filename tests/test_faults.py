@@ -37,8 +37,8 @@ def launch(shapes: Path, out: str, *options: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=shapes, env=env, stderr=subprocess.PIPE, text=True)
 
 
-def workers(agent: subprocess.Popen, shapes: Path, out: str) -> list[int]:
-    """The ranks' process numbers, once training is under way."""
+def children(agent: subprocess.Popen, shapes: Path, out: str) -> list[int]:
+    """The process numbers of torchrun's ranks, or of a run's loader processes, once training is under way."""
     deadline = time.monotonic() + 60
     while not (shapes / "runs" / out / "last.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -55,7 +55,7 @@ def straight(shapes) -> str:
 
 def test_when_one_rank_is_killed_all_end_and_the_state_is_intact(shapes, straight):
     agent = launch(shapes, "onekilled")
-    os.kill(workers(agent, shapes, "onekilled")[1], signal.SIGKILL)
+    os.kill(children(agent, shapes, "onekilled")[1], signal.SIGKILL)
     errors = agent.communicate(timeout=60)[1]
     assert agent.returncode == 1
     assert "train.py: rank 0: another rank is gone" in errors and "[rank0]: Traceback" not in errors
@@ -65,10 +65,21 @@ def test_when_one_rank_is_killed_all_end_and_the_state_is_intact(shapes, straigh
 
 def test_after_a_restart_by_torchrun_the_run_goes_on_by_itself(shapes, straight):
     agent = launch(shapes, "restarted", "--max-restarts", "1")
-    os.kill(workers(agent, shapes, "restarted")[0], signal.SIGKILL)
+    os.kill(children(agent, shapes, "restarted")[0], signal.SIGKILL)
     errors = agent.communicate(timeout=120)[1]
     assert agent.returncode == 0, errors
     assert same_weights(shapes, "restarted", straight)
+
+
+def test_when_a_loader_process_is_killed_amid_a_step_the_run_stops_before_the_next_one_and_loses_nothing(shapes):
+    command = command_line("train.py", "--config", "configs.json:shapes", "--out", "runs/noloader")
+    command += ["--set", *SMALL_RUN, "train.epochs=100", *LONG[1:], "data.workers=2"]
+    process = subprocess.Popen(command, cwd=shapes, env=environment(), stderr=subprocess.PIPE, text=True)
+    os.kill(children(process, shapes, "noloader")[0], signal.SIGKILL)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and "Traceback" not in errors, errors
+    assert "train.py: a loader process was killed" in errors
+    assert f"stopped after step {last(shapes, 'noloader')['step']};" in errors
 
 
 def test_two_nodes_give_the_weights_of_two_ranks_on_one(shapes, straight):
@@ -91,7 +102,7 @@ def test_a_run_of_two_ranks_goes_on_with_one_and_with_the_same_data(shapes):
     command = command_line("train.py", "--config", "configs.json:shapes", "--out", "runs/fewer", ranks=2)
     command += ["--set", *SMALL_RUN, *exact]
     agent = subprocess.Popen(command, cwd=shapes, env=environment(), stderr=subprocess.DEVNULL)
-    for number in workers(agent, shapes, "fewer"):
+    for number in children(agent, shapes, "fewer"):
         os.kill(number, signal.SIGTERM)
     agent.wait(60)
     assert 0 < last(shapes, "fewer")["step"] < last(shapes, "exact")["step"]
