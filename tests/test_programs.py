@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -52,10 +53,12 @@ def test_a_mistyped_option_is_met_with_the_right_one(line, expected, monkeypatch
     assert expected in text and "Traceback" not in text
 
 
-@pytest.mark.parametrize("seconds", [0.3, 1.5])
+@pytest.mark.parametrize("seconds", [0, 1.2])
 def test_ctrl_c_leaves_no_traceback_while_torch_is_imported_nor_later(seconds, trained, shapes):
     line = command_line("evaluate.py", "--ckpt", str(trained / "best.pt"))
     process = subprocess.Popen(line, cwd=shapes, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == b"" and process.returncode in (130, -signal.SIGINT)

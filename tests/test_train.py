@@ -97,7 +97,7 @@ LONGER = ["train.epochs=6", "train.batch_size=4", "model.dropout=0.1", "train.em
 def test_a_run_that_was_stopped_and_killed_ends_with_bitwise_the_same_weights(shapes):
     start(shapes, "straight", *LONGER)
     rng = random.Random(0)
-    assert interrupted(shapes, "broken", signal.SIGTERM, 0.5) == 128 + signal.SIGTERM
+    assert interrupted(shapes, "broken", signal.SIGTERM, 0.1) == 128 + signal.SIGTERM
     assert 0 < last(shapes, "broken")["step"] < last(shapes, "straight")["step"]
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         interrupted(shapes, "broken", number, rng.uniform(0.1, 0.9))
