@@ -13,6 +13,11 @@ off by up to 2 pixels.
 This file also builds, saves and loads models.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while torch is being imported; `data.run` sees to it from then on
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import os
 import pickle
 import re

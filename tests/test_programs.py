@@ -53,9 +53,9 @@ def test_a_mistyped_option_is_met_with_the_right_one(line, expected, monkeypatch
     assert expected in text and "Traceback" not in text
 
 
-@pytest.mark.parametrize("seconds", [0, 1.2])
-def test_ctrl_c_leaves_no_traceback_while_torch_is_imported_nor_later(seconds, trained, shapes):
-    line = command_line("evaluate.py", "--ckpt", str(trained / "best.pt"))
+@pytest.mark.parametrize(("program", "seconds"), [("evaluate.py", 0), ("evaluate.py", 1.2), ("model.py", 0)])
+def test_ctrl_c_leaves_no_traceback_while_torch_is_imported_nor_later(program, seconds, trained, shapes):
+    line = command_line(program, *(["--ckpt", str(trained / "best.pt")] if program == "evaluate.py" else []))
     process = subprocess.Popen(line, cwd=shapes, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.01)
