@@ -1,10 +1,10 @@
-"""What each part of SimVG is worth: the shapes set without it, over three seeds, mean and spread.
+"""What each part of SimVG is worth: an embedded set without it, over three seeds, mean and spread.
 
-    python tests/ablation.py --epochs 3          writes runs/ablation/: a run each, table.md and curves.png
+    python tests/ablation.py --epochs 3          writes runs/ablation-shapes/: a run each, table.md and curves.png
 
-Each run is the recipe `shapes` with changed loss factors, or with one piece of the code replaced (`PIECES`), for as
-many epochs; `two stages` takes half of them for the decoder branch alone. The runs share the cores, a thread each.
-A run that is already there is not run again.
+Each run is the recipe `shapes` (or --config configs.json:shapes-grec) with changed loss factors, or with one piece of
+the code replaced (`PIECES`), for as many epochs; `two stages` takes half of them, rounded up, for the decoder branch
+alone. The runs share the cores, a thread each. A run that is already there is not run again.
 """
 
 import argparse
@@ -143,10 +143,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=f"{ROOT}/configs.json:shapes")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--out", type=Path, help="default: runs/ablation-NAME")
     parser.add_argument("--variant", choices=VARIANTS, help="only this one")
     parser.add_argument("--seed", type=int, help="and only this seed, in this process")
     args = parser.parse_args()
+    args.out = args.out or Path(f"runs/ablation-{args.config.rpartition(':')[2]}")
     if args.seed is not None:
         return one(args)
     data.make_embedded_set(data.load_config(args.config)["data"])
