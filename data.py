@@ -614,9 +614,8 @@ class _Guarded:
 def _leave_the_end_to_main(worker: int) -> None:
     """In a worker: what a signal leads to is the main process's to decide, and to say."""
     os.setpgid(0, 0)  # Ctrl-C in a terminal and torchrun signal the whole process group
-    sys.excepthook = lambda *_: (
-        None
-    )  # called by the thread that hands tensors over, where the main process left amid it
+    # Called by the thread that hands tensors over, where the main process left amid a hand-over.
+    sys.excepthook = lambda *_: None
 
 
 def batches(dataset: Dataset, collate: Collate, keys: Sequence, workers: int, pin: bool = False) -> Iterator[Batch]:
