@@ -57,7 +57,7 @@ def test_a_mistyped_option_is_met_with_the_right_one(line, expected, monkeypatch
 def test_ctrl_c_leaves_no_traceback_while_torch_is_imported_nor_later(program, seconds, trained, shapes):
     line = command_line(program, *(["--ckpt", str(trained / "best.pt")] if program == "evaluate.py" else []))
     process = subprocess.Popen(line, cwd=shapes, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+    while process.poll() is None and "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)

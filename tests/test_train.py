@@ -133,7 +133,7 @@ def test_a_signal_in_an_evaluation_ends_the_run_at_once_and_that_evaluation_come
     assert all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-def test_ctrl_c_in_a_terminal_reaches_the_loader_processes_too_and_is_said_once(shapes):
+def test_ctrl_c_in_a_terminal_amid_an_evaluation_with_loader_processes_is_said_once(shapes):
     lines = (shapes / "data/shapes/train.jsonl").read_text().splitlines()
     (shapes / "much-train.jsonl").write_text("\n".join(lines[:16]))
     (shapes / "much-val.jsonl").write_text("\n".join(lines * 20))
