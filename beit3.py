@@ -135,7 +135,7 @@ class BEiT3(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See the head of this file. With `object_only` the image tokens come back empty, (B, 0, D)."""
         image, text, readable = self.embed(images, tokens, text_pad)
-        keep = self.keep_factors(len(images))
+        keep = self.keep_factors(images.shape[0])
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
             layer_keep = None if keep is None else keep[i]
@@ -151,7 +151,7 @@ class BEiT3(nn.Module):
         """Eq. 1: image (B, 1+N, D), text (B, L, D), and readable (B, 1, 1, T), which is False for padding."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
         # flattened: for one example DDP would warn of its gradient's strides
-        object_token = self.object_token.flatten().expand(len(images), 1, -1)  # (B, 1, D)
+        object_token = self.object_token.flatten().expand(images.shape[0], 1, -1)  # (B, 1, D)
         image = torch.cat([object_token, patches], dim=1) + self.image_positions
         text = self.text_embed(tokens) + self.text_positions[: tokens.shape[1]]  # (B, L, D)
         text = text.masked_fill(text_pad[..., None], 0)

@@ -75,8 +75,8 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:  # a full disk, a folder that may not be written, ...
         print(f"{Path(sys.argv[0]).name}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        if "closed by peer" not in str(error) and "reset by peer" not in str(error):
+    except RuntimeError as error:  # NCCL's are DistErrors, gloo's are told by their words
+        if not isinstance(error, torch.distributed.DistError) and not re.search("(closed|reset) by peer", str(error)):
             raise
         print(f"{Path(sys.argv[0]).name}: rank {os.environ.get('RANK')}: another rank is gone", file=sys.stderr)
         sys.exit(1)
@@ -643,7 +643,7 @@ def batches(dataset: Dataset, collate: Collate, keys: Sequence, workers: int, pi
                 raise batch
             yield batch
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not re.search("DataLoader worker|[Pp]in memory thread", str(error)):
             raise
         raise InputError("a loader process was killed: out of memory or of /dev/shm? lower data.workers") from None
 

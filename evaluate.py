@@ -85,15 +85,17 @@ class Result(NamedTuple):
 
 def judge(logits: Tensor, boxes: Tensor, truth: Tensor, truth_mask: Tensor, size: int) -> list[Result]:
     """logits (B, Q, 2), boxes (B, Q, 4), truth (B, M, 4), truth_mask (B, M) -> B results, compared at `size` pixels."""
+    logits, boxes, truth, truth_mask = (x.cpu() for x in (logits, boxes, truth, truth_mask))  # all at once
     scores = logits.float().softmax(-1)[..., 0]  # (B, Q)
     answers, truth = (box_convert(x.float(), "cxcywh", "xyxy") for x in (boxes, truth))
     answers = answers.clamp(0, 1)
     if boxes.shape[1] == 1:
         # REC has one target; the mixed sets may state several, then the first counts
         correct = rec_correct(answers[:, 0] * size, truth[:, 0] * size) & truth_mask[:, 0]
-        return [Result(bool(c), 1, s, b) for c, s, b in zip(correct, scores.cpu(), answers.cpu(), strict=True)]
+        found = zip(correct.tolist(), scores, answers, strict=True)
+        return [Result(c, 1, s.clone(), b.clone()) for c, s, b in found]  # a view would be sent with its whole batch
     results = []
-    for s, b, t, mask in zip(scores.cpu(), answers.cpu(), truth.cpu(), truth_mask.cpu(), strict=True):
+    for s, b, t, mask in zip(scores, answers, truth, truth_mask, strict=True):
         solid = (b[:, 2:] > b[:, :2]).all(1)  # boxes clipped away count as not answered
         s, order = s[solid].sort(descending=True)
         b = b[solid][order]
@@ -736,6 +738,8 @@ def join_ranks() -> tuple[int, int, torch.device]:
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"more ranks than GPUs: rank {local} of a machine with {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)  # bugs of PyTorch: wrong gradients with masks, NaN for one query

@@ -116,7 +116,7 @@ class TextGuidedQuery(nn.Module):
     def forward(self, text: Tensor, text_pad: Tensor) -> Tensor:
         """text (B, L, D), text_pad (B, L) True = padding -> queries (B, Q, C)."""
         text = self.text_proj(text)  # (B, L, C)
-        initial = self.query_embed.weight.expand(len(text), -1, -1)  # (B, Q, C)
+        initial = self.query_embed.weight.expand(text.shape[0], -1, -1)  # (B, Q, C)
         x = torch.zeros_like(initial)
         for layer in self.layers:
             x = layer(x, initial, text, self.positions[: text.shape[1]], text_pad)

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 8 train.py --config configs.json:refcoco --init beit3_base_patch16_224.zip
 
 Writes into --out (runs/NAME): config.json, metrics.jsonl, last.pt (everything needed to go on), best.pt (weights),
-curves.png and samples.png. `--resume` goes on after a kill, bit for bit on one process: all randomness is a function
-of (seed, epoch, step), nothing random is stored.
+curves.png and samples.png. `--resume` goes on after a kill, bit for bit on one process of a CPU: all randomness is a
+function of (seed, epoch, step), nothing random is stored.
 """
 
 import signal
@@ -86,6 +86,7 @@ def main() -> None:
     run = build(config, out, rank, world, device)
     if state:
         restore(run, state)
+        del state  # a copy of the weights and of the optimiser, on every rank
     elif args.init:
         report = models.initialise(run.model, args.init)
         if rank == 0:
@@ -132,15 +133,17 @@ def build(config: dict, out: Path, rank: int, world: int, device: torch.device) 
     model = models.SimVG(**config["model"]).to(device)
     model.encoder.checkpointing = settings["checkpointing"]
     if settings["compile"]:
+        torch._dynamo.config.optimize_ddp = False  # else a layer's graph would be cut at the bounds of DDP's buckets
         for layer in model.encoder.layers:
             layer.compile()  # before DDP; all layers share their graphs
-    # DDP waits for every gradient it was promised, so an idle branch must not promise any
+    # DDP waits for every gradient it was promised, so a branch without a loss term of its own must not promise any.
     model.token_branch.requires_grad_(branch != "decoder")
-    model.decoder_branch.requires_grad_(branch != "token")
+    model.decoder_branch.requires_grad_(settings["loss_decoder"] is not None)
     wrapped = model
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        # The buffers are constants, so they need not be broadcast before each step.
+        wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     return Run(config, out, rank, world, model, wrapped, make_optimizer(model, settings), scaler, {}, branch, amp)
 

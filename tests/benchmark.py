@@ -455,7 +455,9 @@ def gains(title: str, taken: dict[str, float]) -> None:
 # ---- losses
 
 
-def usual_match(logits: Tensor, boxes: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+def usual_match(
+    logits: Tensor, boxes: Tensor, targets: Tensor, mask: Tensor, teacher_boxes: Tensor | None = None
+) -> Tensor:
     """Layer by layer and sample by sample, with a cost tensor for each, as DETR-like code does."""
     result = torch.full(boxes.shape[:3], -1)
     for k in range(len(boxes)):
@@ -465,7 +467,10 @@ def usual_match(logits: Tensor, boxes: Tensor, targets: Tensor, mask: Tensor) ->
             cost = cost - losses.GIOU * losses.iou_giou(boxes[k, b][:, None], own[None])[1]
             rows, columns = losses.assign(cost)
             result[k, b, rows] = mask[b].nonzero()[:, 0].cpu()[columns]
-    return result.to(boxes.device)
+    result = result.to(boxes.device)
+    if teacher_boxes is None:
+        return result
+    return torch.cat([result, usual_match(logits[-1:], boxes[-1:], teacher_boxes, result[-2] >= 0)])
 
 
 def matching(batch: int = 32, queries: int = 10, layers: int = 3, rounds: int = 15) -> None:

@@ -8,6 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+# The tests compare runs in this process with those of programs, to the bit; so no GPU is seen here before torch is
+# imported. Tests marked `gpu` start programs with what was visible before.
+GPUS = {name: value for name, value in os.environ.items() if name == "CUDA_VISIBLE_DEVICES"}
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 
 import data

@@ -1,6 +1,7 @@
 """evaluate.py: each expression counts once, and one phrase in one image gives a box in its pixels."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -153,3 +154,9 @@ def test_bad_input_is_one_line_and_status_2(arguments, expected, shapes, trained
     done = program("evaluate.py", *arguments, cwd=shapes, status=2)
     assert expected in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert sorted(p.name for p in shapes.iterdir()) == before
+
+
+def test_a_result_that_is_sent_to_other_ranks_does_not_carry_its_whole_batch():
+    logits, boxes, mask = torch.zeros(64, 1, 2), torch.full((64, 1, 4), 0.5), torch.ones(64, 1, dtype=torch.bool)
+    results = evaluate.judge(logits, boxes, boxes, mask, 100)
+    assert len(pickle.dumps(results)) / 64 < 1000

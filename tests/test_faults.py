@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ import torch
 from test_train import EXACT, last, rows
 
 import data
+import evaluate
 import model as models
 import train
-from conftest import SMALL_RUN, command_line, environment, start, tiny_model
+from conftest import SMALL_RUN, command_line, environment, signals_kept, start, tiny_model
 
 LONG = ["train.epochs=12", "train.batch_size=4", "train.save_minutes=0.005"]
 
@@ -238,3 +240,51 @@ def test_an_image_that_is_damaged_behind_its_header_stops_all_ranks_with_the_sta
     other = last(shapes, f"damaged{ranks}")["model"]
     for name, value in last(shapes, f"undamaged{ranks}")["model"].items():
         assert torch.equal(other[name], value), name
+
+
+# ---- what only a GPU meets
+
+
+@pytest.mark.parametrize("words", ["Pin memory thread exited unexpectedly", "DataLoader worker (pid 7) is killed"])
+def test_a_loader_process_that_was_killed_is_one_line_where_memory_is_pinned_too(words, monkeypatch):
+    def killed(*_, **__) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(data.DataLoader, "__iter__", killed)
+    with pytest.raises(data.InputError, match="a loader process was killed"):
+        next(data.batches(data.Dataset([], 32), None, [], workers=1, pin=True))
+
+
+@pytest.mark.parametrize("error", [torch.distributed.DistBackendError("NCCL error"), RuntimeError("reset by peer")])
+def test_a_lost_peer_is_one_line_with_either_backend(error, monkeypatch, capsys):
+    def main() -> None:
+        raise error
+
+    with signals_kept(), pytest.raises(SystemExit) as ended:
+        data.run(main)
+    assert ended.value.code == 1 and "another rank is gone" in capsys.readouterr().err
+
+
+def test_more_ranks_than_gpus_are_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(data.InputError, match="2 GPU"):
+        evaluate.join_ranks()
+
+
+def test_a_resumed_run_does_not_keep_the_state_that_it_read(shapes, monkeypatch):
+    start(shapes, "lean", "train.epochs=1")
+    alive = []
+
+    def read(path: Path) -> dict:
+        state = usual(path)
+        alive.append(weakref.ref(next(iter(state["model"].values()))))
+        return state
+
+    usual = models.read_checkpoint
+    monkeypatch.setattr(models, "read_checkpoint", read)
+    monkeypatch.setattr(train, "report_best", lambda *_: alive.append(alive[0]()))
+    start(shapes, "lean", "--resume", "train.epochs=1")
+    assert alive[-1] is None

@@ -1,10 +1,12 @@
 """train.py: ranks, stops and restarts change nothing; every regime is one command."""
 
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +68,49 @@ def test_two_ranks_with_half_the_batch_give_the_weights_of_one(shapes, grec):
     assert one["step"] == two["step"] >= 5
     for name, value in one["model"].items():
         torch.testing.assert_close(two["model"][name], value, atol=1e-6, rtol=0, msg=name)
+
+
+FACTORS = list(itertools.product((None, 1.0), repeat=3))[1:]  # of the decoder, of the token branch on truth, on teacher
+
+
+@pytest.mark.parametrize("grec", [False, True])
+def test_two_ranks_train_with_every_choice_of_loss_terms(grec, shapes, tmp_path):
+    """In one pair of processes, because starting one for each choice would take minutes."""
+    script = tmp_path / "choices.py"
+    script.write_text(CHOICES)
+    recipe = f"{ROOT}/configs.json:shapes{'-grec' if grec else ''}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(
+        [*command, recipe, json.dumps(FACTORS), *SMALL_RUN],
+        cwd=shapes,
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("three finite steps") == len(FACTORS)
+
+
+CHOICES = """
+import json, sys
+from pathlib import Path
+import data, evaluate, train
+
+recipe, choices, *settings = sys.argv[1:]
+rank, world, device = evaluate.join_ranks()
+config = data.load_config(recipe, settings)
+rows, collate = data.read_rows(config["data"], "train"), evaluate.load_collate(config)
+batch = collate([data.Dataset(rows, 32)[0, 8 * rank + i] for i in range(8)])
+for factors in json.loads(choices):
+    names = "loss_decoder", "loss_token_on_truth", "loss_token_on_teacher"
+    config["train"] |= dict(zip(names, factors))
+    run = train.build(config, Path(), rank, world, device)
+    run.model.train()
+    steps = [train.train_step(run, [batch, batch]) for _ in range(3)]
+    assert all(value.isfinite() for step in steps for value in step.values())
+    if rank == 0:
+        print("three finite steps", factors)
+"""
 
 
 def test_micro_batches_give_the_weights_of_the_whole_batch(shapes):
