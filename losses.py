@@ -4,12 +4,10 @@
           + token_on_teacher * W_dt * L_det(token, decoder's boxes)                                Eq. 7
           + token_on_truth * (1 - W_dt) * L_det(token, truth)
 
-Predictions are logits (P, B, Q, 2) and boxes (P, B, Q, 4): P predictions, such as the K decoder layers, of B examples
-with Q queries. The truth is padded: targets (B, M, 4) with target_mask (B, M), True = a real box. An example without
-a target is a row that is all False. Boxes are cxcywh in 0..1; class 0 is the referred object, class 1 "no object".
-
-Sums are divided by counts of the *global* batch (all ranks, all micro-batches), so that the number of ranks and the
-size of the micro-batches do not change the objective (D6).
+P predictions, such as the K decoder layers, of B examples with Q queries are logits (P, B, Q, 2) and boxes
+(P, B, Q, 4). The truth is padded: targets (B, M, 4) and target_mask (B, M), True = a real box; a row that is all False
+is an example without a target. Boxes are cxcywh in 0..1; class 0 is the referred object, class 1 "no object". Sums are
+divided by counts of the *global* batch, so that ranks and micro-batches do not change the objective (D6).
 """
 
 import math
@@ -29,8 +27,7 @@ EPS = 1e-6  # added to denominators as in the official code; a box of 3 % x 3 % 
 
 
 def area(sides: Tensor) -> Tensor:
-    """(..., 2) widths and heights -> (...); a negative side counts as 0. `prod` would do the same, but its gradient
-    reads the numbers back from the device to look for zeros."""
+    """(..., 2) widths and heights -> (...). Not `prod`: its gradient waits for the device to look for zeros."""
     width, height = sides.clamp(min=0).unbind(-1)
     return width * height
 
@@ -50,8 +47,7 @@ def detection_loss(
 ) -> Tensor:
     """L_det of Eq. 4, summed over the P predictions: 1 cross entropy + 5 L1 + 2 (1 - GIoU). A scalar.
 
-    logits (P, B, Q, 2), boxes (P, B, Q, 4), targets (B, M, 4), matched (P, B, Q) from `match`, norm (2,) from
-    `global_normalisers`.
+    logits (P, B, Q, 2), boxes (P, B, Q, 4), targets (B, M, 4), matched (P, B, Q), norm (2,) from `step_normalisers`.
     """
     has_target = matched >= 0  # (P, B, Q)
     # flattened, because cross entropy over a middle dimension has no deterministic CUDA kernel
@@ -71,14 +67,12 @@ def match(
     """Eq. 5: logits (P, B, Q, 2), boxes (P, B, Q, 4), targets (B, M, 4), target_mask (B, M) -> (P, B, Q) int64, the
     number of each query's target, -1 = none. Each of the P predictions is matched by itself.
 
-    With `teacher_boxes` (B, Q, 4), the result is (P + 1, B, Q). The added row matches the student, which is prediction
-    P - 1, to the boxes of the teacher, which is prediction P - 2; only those of its boxes count whose own query has a
-    target. All costs travel to the host together, because each trip waits for the device.
+    With `teacher_boxes` (B, Q, 4) the result is (P + 1, B, Q). Its last row matches the student (prediction P - 1) to
+    those boxes of the teacher (prediction P - 2) whose own query has a target. All costs travel to the host at once.
     """
     (P, B, Q, _), M = boxes.shape, targets.shape[1]
     if Q == M == 1:  # REC: there is nothing to choose
-        rows = P if teacher_boxes is None else P + 1
-        return torch.where(target_mask, 0, -1).expand(rows, B, 1)
+        return torch.where(target_mask, 0, -1).expand(P + (teacher_boxes is not None), B, 1)
     columns = targets if teacher_boxes is None else torch.cat([targets, teacher_boxes], dim=1)  # (B, M [+ Q], 4)
     pairs = boxes[:, :, :, None], columns[None, :, None]  # (P, B, Q, 1, 4), (1, B, 1, M [+ Q], 4)
     l1 = (pairs[0] - pairs[1]).abs().sum(-1)  # (P, B, Q, M [+ Q])
@@ -133,23 +127,23 @@ def simvg_loss(
     """The total loss at the head of this file (D1); targets (B, M, 4) and target_mask (B, M) are the truth.
 
     Returns scalars: `total`, its terms `decoder`, `token_on_truth`, `token_on_teacher`, and W_dt as `teacher_weight`.
-    The three factors are train.loss_decoder and so on of a config. A factor of None leaves its term out, and a branch
-    that no term needs may be None in `output`. Without a teacher there is no W_dt and the token branch learns from the
-    truth alone. `norm` is what `global_normalisers` gives for the whole step; without it this batch is the whole step.
+    A factor of None leaves its term out, and a branch that no term needs may be None in `output`. Without a teacher
+    there is no W_dt, and the token branch learns from the truth alone. `norm` is what `step_normalisers` gives for the
+    whole step; without it this batch is the whole step.
     """
     student = None if output.token_logits is None else (output.token_logits[None], output.token_boxes[None])
     predictions = [(output.decoder_logits, output.decoder_boxes)] if output.decoder_logits is not None else []
     predictions += [student] if student else []
     logits, boxes = (torch.cat(each) for each in zip(*predictions, strict=True))  # (P, B, Q, 2), (P, B, Q, 4)
     if norm is None:
-        norm = global_normalisers(normalisers(target_mask, logits.shape[2], no_object))
+        norm = step_normalisers(count_targets(target_mask, logits.shape[2], no_object))
     teacher_boxes = None if token_on_teacher is None else output.decoder_boxes[-1].detach()  # (B, Q, 4)
     matched = match(logits, boxes, targets, target_mask, teacher_boxes)  # (P, B, Q), with a teacher (P + 1, B, Q)
     last = len(logits) - 1  # the student's prediction
 
     terms, on_truth = {}, token_on_truth
     if decoder is not None:
-        layers = output.decoder_logits, output.decoder_boxes
+        layers = output.decoder_logits, output.decoder_boxes  # (K, B, Q, 2), (K, B, Q, 4)
         terms["decoder"] = decoder * detection_loss(*layers, targets, matched[: len(layers[0])], norm, no_object)
     if token_on_teacher is not None:
         w_dt = teacher_weight(output.decoder_logits[-1], teacher_boxes, targets, matched[last - 1])
@@ -173,16 +167,15 @@ def global_sum(counts: Tensor) -> Tensor:
     return counts
 
 
-def normalisers(target_mask: Tensor, queries: int, no_object: float) -> Tensor:
+def count_targets(target_mask: Tensor, queries: int, no_object: float) -> Tensor:
     """(2,): the number of targets, and the sum of the class weights over all queries. No prediction is needed."""
     counts = target_mask.sum(1)  # (B,)
     matched = counts.clamp(max=queries).sum()  # as many queries get a target
     return torch.stack([counts.sum().float(), matched + no_object * (len(target_mask) * queries - matched)])
 
 
-def global_normalisers(counts: Tensor) -> Tensor:
-    """`normalisers` summed over all ranks and divided by the world size, because DDP averages gradients. A step without
-    any target divides by 1."""
+def step_normalisers(counts: Tensor) -> Tensor:
+    """`count_targets` of all ranks, divided by the world size, because DDP averages gradients. At least one target."""
     targets, weights = global_sum(counts)
     return torch.stack([targets.clamp(min=1), weights]) / (dist.get_world_size() if dist.is_initialized() else 1)
 
@@ -240,8 +233,5 @@ def _assign_rows(cost: list[list[float]]) -> list[int]:
             previous = reached_from[col]
             owner[col] = owner[previous] if previous >= 0 else start
             col = previous
-    held = [-1] * n  # the column that a row holds
-    for j, row in enumerate(owner):
-        if row >= 0:
-            held[row] = j
-    return held
+    held = {row: column for column, row in enumerate(owner)}
+    return [held[row] for row in range(n)]

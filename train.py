@@ -142,8 +142,8 @@ def build(config: dict, out: Path, rank: int, world: int, device: torch.device) 
     wrapped = model
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
-        # The buffers are constants, so they need not be broadcast before each step.
-        wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # they are constants (as an argument, newer versions of torch warn of it)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     return Run(config, out, rank, world, model, wrapped, make_optimizer(model, settings), scaler, {}, branch, amp)
 
@@ -358,8 +358,8 @@ def train_step(run: Run, micro_batches: list[data.Batch]) -> dict[str, Tensor]:
     settings, optimizer, scaler = run.config["train"], run.optimizer, run.scaler
     factors = [settings[name] for name in ("loss_decoder", "loss_token_on_truth", "loss_token_on_teacher")]
     queries, no_object = run.model.tqg.query_embed.num_embeddings, settings["no_object_weight"]
-    counts = sum(losses.normalisers(batch.box_mask, queries, no_object) for batch in micro_batches)
-    norm = losses.global_normalisers(counts)
+    counts = sum(losses.count_targets(batch.box_mask, queries, no_object) for batch in micro_batches)
+    norm = losses.step_normalisers(counts)
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for i, batch in enumerate(micro_batches):
