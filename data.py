@@ -192,9 +192,9 @@ def override_config(config: dict, overrides: Sequence[str]) -> None:
         _set(config, "--set", key, value)
     annotations, generate = config["data"]["annotations"], config["data"]["generate"]
     if "{split}" not in annotations and not annotations.endswith(".json"):
-        raise InputError(f"data.annotations={annotations}: expected {{split}} in the name, or an official .json")
+        raise InputError(f"data.annotations={brief(annotations)}: expected {{split}} in the name, or an official .json")
     if generate not in ("", *COUNTS):
-        raise InputError(f"data.generate={generate}: there are: {', '.join(COUNTS)}")
+        raise InputError(f"data.generate={brief(generate)}: there are: {', '.join(COUNTS)}")
 
 
 def _fragments(entries: dict, name: object, path: str, inside: tuple = ()) -> Iterator[str]:
@@ -383,7 +383,7 @@ def _image_path(image: object, source: object, settings: dict, where: str) -> st
     if type(image) is not int:
         raise InputError(f"{where}: the image must be a file name or a number, not {brief(image)}")
     if not re.fullmatch(r"[^{}]*\{(:0?\d{0,2}d)?\}[^{}]*", pattern):  # str.format() can do much more than names need
-        raise InputError(f"{where}: the image is a number, so {pattern!r} should be a pattern: .../{{:012d}}.jpg")
+        raise InputError(f"{where}: the image is a number, so {pattern!r:.200} should be a pattern: .../{{:012d}}.jpg")
     return pattern.format(image)
 
 
@@ -397,7 +397,7 @@ def check_expression(expression: object, where: str) -> None:
 
 def check_size(size: tuple | None, where: str) -> None:
     if size and not all(type(side) is int and side > 0 for side in size):
-        raise InputError(f"{where}: width and height must be positive integers, not {size}")
+        raise InputError(f"{where}: width and height must be positive integers, not {brief(size)}")
 
 
 def check_box(box: object, size: tuple[int, int] | None, where: str) -> None:
