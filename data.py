@@ -281,7 +281,7 @@ def scan_rows(settings: dict, split: str) -> Iterator[Row | InputError]:
         splits = read_json(path)
         if not isinstance(splits, dict) or not isinstance(splits.get(split), list):
             have = ", ".join(splits) if isinstance(splits, dict) else "no splits"
-            raise InputError(f"{path}: there is no split {split!r}, it holds: {have}")
+            raise InputError(f"{path}: there is no split {split!r}, it holds: {have:.200}")
         numbered = ((f"{path}: {split}[{i}]", row) for i, row in enumerate(splits[split]))
     else:
         numbered = json_lines(path)
@@ -1063,14 +1063,14 @@ def _coco(path: Path, content: object) -> COCO:
         raise InputError(f"{path}: is not a COCO annotation file: {error!r:.150}") from None
     unknown = coco.imgToAnns.keys() - coco.imgs.keys()
     if unknown:
-        raise InputError(f"{path}: has annotations of an image {list(unknown)[0]} that it does not list")
+        raise InputError(f"{path}: has annotations of an image {brief(list(unknown)[0])} that it does not list")
     return coco
 
 
 def _refer(coco: COCO, seen: set, where: str, ref: dict) -> list[Named]:
     """refer's refs and gRefCOCO's, with the images and boxes of the instances.json in the same folder."""
     if ref["ref_id"] in seen:
-        raise InputError(f"{where}: ref_id {ref['ref_id']} repeats")
+        raise InputError(f"{where}: ref_id {brief(ref['ref_id'])} repeats")
     seen.add(ref["ref_id"])
     image = coco.imgs[ref["image_id"]]
     numbers = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
@@ -1124,7 +1124,7 @@ def _flat(split: str, where: str, row: dict) -> list[Named]:
         return [Named(split, where, row["file_name"], s["sent"], boxes, size) for s in row["sentences"]]
     layout = next((layout for layout in FLAT if row.keys() >= set(layout[:3])), None)
     if layout is None:
-        raise InputError(f"{where}: has the keys {', '.join(row)}, which is no known layout")
+        raise InputError(f"{where}: has the keys {', '.join(row):.200}, which is no known layout")
     image_key, text_key, boxes_key, form = layout
     image, text, boxes = row[image_key], row[text_key], row[boxes_key]
     boxes = [] if boxes is None else boxes if boxes_key == "boxes_xyxy" else [boxes]
