@@ -1,16 +1,21 @@
 """Every annotation layout, from one small made-up set; `data.py convert`, `check` and `show`."""
 
+import io
 import json
 import os
 import pickle
 import re
+import resource
+import subprocess
+import sys
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import data
-from conftest import ROOT, program
+from conftest import ROOT, command_line, environment, program
 
 # image id, object id, split, box (xywh), expressions
 OBJECTS = [
@@ -396,6 +401,60 @@ def test_a_line_of_ten_megabytes_a_byte_order_mark_and_windows_line_ends_are_rea
     assert len(rows_of(tmp_path, "{split}.jsonl", "val")) == 3
 
 
+def test_pictures_of_one_name_in_two_folders_stay_two(tmp_path):
+    rows = [{**FLAT_ROW, "image": f"photos/{room}/0001.jpg", "sent": room} for room in ("kitchen", "street")]
+    (tmp_path / "set_train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data.convert([str(tmp_path / "set_train.jsonl")], str(tmp_path / "{split}.jsonl"), None)
+    found = rows_of(tmp_path, "{split}.jsonl", "train")
+    assert [row[0] for row in found] == ["root/kitchen/0001.jpg", "root/street/0001.jpg"]
+
+
+@pytest.mark.parametrize("name", ["", "a\nb.jpg", "\ud800.jpg", True])
+def test_a_name_that_training_refuses_is_not_written(name, tmp_path):
+    (tmp_path / "set_val.jsonl").write_text(json.dumps({**FLAT_ROW, "image": name}))
+    assert "the image must be a file name" in refused(tmp_path, "set_val.jsonl")
+
+
+def test_the_help_does_not_claim_to_convert_this_projects_own_rows_which_convert_refuses(tmp_path):
+    (tmp_path / "set_val.jsonl").write_text(json.dumps({"image": "a.jpg", "expressions": ["ours"], "boxes": []}))
+    assert "which is no known layout" in refused(tmp_path, "set_val.jsonl") and "this project" not in data.CONVERT
+
+
+@pytest.mark.parametrize("box", [[10**400, 2, 30, 40], [1.5, 2, 10**400, 40], [1, 2, 10**400, 10**400 + 5]])
+def test_numbers_of_400_digits_are_refused_in_one_line(box, tmp_path):
+    (tmp_path / "set_val.jsonl").write_text(json.dumps({**FLAT_ROW, "bbox": box}))
+    write_legacy_pth(tmp_path / "unc_val.pth", [("5.jpg", box, "bride")])
+    for name, where in (("set_val.jsonl", ":1: "), ("unc_val.pth", ": row 0: ")):
+        with pytest.raises(data.InputError) as error:
+            data.convert([str(tmp_path / name)], str(tmp_path / "out" / "{split}.jsonl"), None)
+        assert f"{name}{where}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("made", [("O8", "|"), ("V8", "|"), ("S4", "|"), ("i8", ">"), ("c16", "<")])
+def test_a_pickled_array_of_anything_but_plain_numbers_is_refused_and_crashes_nothing(made, tmp_path):
+    """The pickle of a whole array, whose dtype is then changed to one of `made`, as a forged file would."""
+    array = pickle.dumps([("5.jpg", np.array([1, 2, 31, 42]), "bride")], protocol=2)
+    kind, order = made
+    forged = array.replace(b"X\x02\x00\x00\x00i8", b"X%c\x00\x00\x00%s" % (len(kind), kind.encode()))
+    forged = forged.replace(b"X\x01\x00\x00\x00<", b"X\x01\x00\x00\x00" + order.encode())
+    front = b"".join(pickle.dumps(part, protocol=2) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
+    (tmp_path / "flickr_val.pth").write_bytes(front + forged)
+    line = "import sys, data; data.convert([sys.argv[1]], sys.argv[2], None)"
+    done = subprocess.run(
+        [sys.executable, "-c", line, str(tmp_path / "flickr_val.pth"), str(tmp_path / "out" / "{split}.jsonl")],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60},
+    )
+    assert done.returncode == 1 and "is no row of this layout: KeyError" in done.stderr.splitlines()[-1]
+
+
+def test_a_pickle_that_says_it_needs_64_gigabytes_is_refused_without_them(tmp_path):
+    write_coco(tmp_path / "instances.json")
+    (tmp_path / "refs(unc).p").write_bytes(b"\x80\x02]r\xff\xff\xff\x7f.")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "no rows of a known layout" in refused(tmp_path, "refs(unc).p")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # kilobytes
+
+
 # ---- check and show
 
 
@@ -444,3 +503,54 @@ def test_show_draws_every_example_before_and_after(own_set, tmp_path):
     program("data.py", "show", *options, "--split", "val", "-n", "10", "--save", "page.png", cwd=tmp_path)
     with Image.open(tmp_path / "page.png") as page:
         assert page.size == (6 * 284, 4 * 316)
+
+
+def test_show_draws_a_phrase_as_the_model_gets_it_and_says_where_it_was_cut(own_set, tmp_path, monkeypatch):
+    rows, options = own_set
+    long = "the red circle left of the " + "green ring " * 20
+    (tmp_path / "val.jsonl").write_text(json.dumps({**rows[0], "expressions": [long]}))
+    drawn = []
+    monkeypatch.setattr(data, "draw", lambda image, boxes, caption: drawn.append(caption) or Image.new("RGB", (9, 9)))
+    monkeypatch.setattr("sys.argv", ["data.py", "show", *options, "--split", "val", "--save", str(tmp_path / "a.png")])
+    with redirect_stdout(io.StringIO()) as said:
+        data.main()
+    whole, seen = drawn
+    assert whole == long and seen.endswith(" [cut]") and seen[3:-6] in long and len(seen) <= 280 // 6
+    assert f"val.jsonl:1: {long!r} is cut after 'the red circle left of the green" in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        (["-n", "0"], "-n 0: expected 1 to 600"),
+        (["-n", "-3"], "-n -3: expected 1 to 600"),
+        (["--save", "page.xyz"], "--save page.xyz: expected a file that ends in .png or .jpg"),
+        (["--save", "page"], "--save page: expected"),
+        (["--save", "folder.png"], "--save folder.png: expected"),
+        (["--save", "nowhere/page.png"], "in a folder that is there"),
+    ],
+)
+def test_show_refuses_what_it_cannot_write_before_any_work(wrong, expected, tmp_path, monkeypatch):
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["data.py", "show", "--config", f"{ROOT}/configs.json:shapes", *wrong])
+    monkeypatch.setattr(data, "make_embedded_set", lambda _: pytest.fail("drew the set first"))
+    with pytest.raises(data.InputError, match=expected):
+        data.main()
+
+
+def test_what_a_terminal_cannot_show_is_written_with_backslashes(own_set, tmp_path):
+    rows, options = own_set
+    (tmp_path / "val.jsonl").write_text(json.dumps({**rows[0], "image": "caf\u00e9.jpg"}))
+    line = command_line("data.py", "check", *options, "--split", "val")
+    env = {**environment(), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "data.py: 1 faults\n" and "caf\\xe9.jpg" in done.stdout
+
+
+def test_where_the_output_cannot_be_written_that_is_one_line(own_set, tmp_path):
+    _, options = own_set
+    line = command_line("data.py", "check", *options, "--split", "val")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr == "data.py: a file: No space left on device\n"

@@ -2,8 +2,12 @@
 
 import io
 import json
+import os
 import random
 import struct
+import subprocess
+import sys
+import time
 import zlib
 
 import numpy as np
@@ -13,7 +17,7 @@ import torch
 from PIL import Image
 
 import data
-from conftest import ROOT, golden
+from conftest import ROOT, environment, golden
 
 CONFIGS = f"{ROOT}/configs.json"
 
@@ -433,3 +437,142 @@ def test_boxes_of_a_row_without_a_size_are_held_against_the_image_before_anythin
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     with pytest.raises(data.InputError, match=r"rows.jsonl:1: box .* lies outside the image of 64 x 48"):
         data.check_files(data.read_rows(section(tmp_path), "train"))
+
+
+# ---- what would be wrong without a word, or end in a traceback
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.image_size=650", "model.image_size=650: expected a multiple of 32"),
+        ("model.encoder_heads=5", "model.encoder_width=768: expected a multiple of 5"),
+        ("model.head_width=100", "model.head_width=100: expected a multiple of 8"),
+        ("model.decoder_layers=0", "model.decoder_layers must be an integer from 1"),
+        ("model.queries=0", "model.queries must be an integer from 1"),
+        ("train.lr=NaN", "train.lr must be a number from 0.0 to 1.0, not nan"),
+        ("train.lr=-1", "train.lr must be"),
+        ("train.clip_norm=-1", "train.clip_norm must be"),
+        ("train.micro_batch=0", "train.micro_batch must be an integer from 1"),
+        ("train.batch_size=0", "train.batch_size must be"),
+        ("train.evaluate_every=0", "train.evaluate_every must be"),
+        ("train.epochs=0", "train.epochs must be"),
+        ("train.seed=99999999999999999999", "train.seed must be"),
+        ("train.lr=" + "9" * 400, "train.lr must be"),
+        ('train.decay_epochs=["a"]', "train.decay_epochs must be a list of any length, each an integer from 1"),
+        ("train.decay_epochs=5", "train.decay_epochs must be a list"),
+        ("train.betas=[0.9]", "train.betas must be a list of 2, each a number from 0.0 to 0.999999"),
+        ("data.jitter=[1]", "data.jitter must be a list of 2"),
+        ("data.workers=-1", "data.workers must be an integer from 0"),
+        ("data.max_tokens=2", "data.max_tokens must be an integer from 3 to 1,022"),
+        ("data.eval_splits=[]", "data.eval_splits must be a list of strings"),
+        ("data.eval_splits=[3]", "data.eval_splits must be a list of strings"),
+        ('data.sources={"vg": 3}', "data.sources must be"),
+        ('data.images="a\\u0000b"', "data.images must be a string"),
+        ("data.generate=circles", "there are: shapes, shapes-grec"),
+        ("train.ema=" + "[" * 100_000, "true or false"),
+        ("train.ema=" + "[" * 900 + "]" * 900, "true or false"),
+        ("train." + "x" * 100_000 + "=1", "unknown key"),
+        ("x" * 100_000, "expected section.key=value"),
+        ("a\nb", "expected section.key=value"),
+    ],
+)
+def test_a_setting_out_of_its_bounds_is_refused_in_one_short_line(override, expected):
+    with pytest.raises(data.InputError) as error:
+        data.load_config(f"{CONFIGS}:refcoco", [override])
+    assert expected in str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([], "expected an object of recipes and fragments"),
+        ({"a": []}, '"default" among them'),
+        ({"a": ["nothing"]}, "'nothing' must be a fragment"),
+        ({"a": ["b"], "b": ["a"]}, "'a' must be a fragment {section: {key: value}} or a list of others"),
+        ({"a": 3}, "'a' must be a fragment"),
+        ({"a": [["b"]]}, "['b'] must be a fragment"),
+        ({"a": ["b"], "b": {"train": 3}}, "'b' must be a fragment"),
+        ({"a": [], "default": {"train": {}}}, "the fragment default lacks "),
+        ({"a": ["b"], "b": {"train": {"lr": "fast"}}}, "configs.json:b: train.lr must be a number"),
+        ({"a": ["b"], "b": {"model": {"lr": 1}}}, "configs.json:b: unknown key 'model.lr'"),
+    ],
+)
+def test_a_file_of_configs_that_is_wrong_inside_is_refused_in_one_line(entries, expected, tmp_path):
+    if isinstance(entries, dict) and expected != '"default" among them':
+        entries = {"default": json.loads((ROOT / "configs.json").read_text())["default"], **entries}
+    (tmp_path / "configs.json").write_text(json.dumps(entries))
+    with pytest.raises(data.InputError) as error:
+        data.load_config(f"{tmp_path}/configs.json:a")
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", ["{.a}", "{:c}", "{[0]}", "{:999999999d}", "{0!x}", "{}{}", "{"])
+def test_a_pattern_of_image_names_that_is_not_one_plain_number_is_refused(pattern, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**GOOD, "image": 1_234_567}))
+    with pytest.raises(data.InputError, match="rows.jsonl:1: the image is a number, so .* should be a pattern"):
+        data.read_rows(section(tmp_path) | {"images": f"root/{pattern}.jpg"}, "train")
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\u2060\ufeff", "\x07", "\u2581", "\u2581\u200b \x00", "\u2800"])
+def test_a_phrase_of_nothing_to_be_seen_or_of_the_tokenizers_own_blank_is_no_word(text, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**GOOD, "expressions": ["the dog", text]}))
+    with pytest.raises(data.InputError, match="at least one word"):
+        data.read_rows(section(tmp_path), "train")
+
+
+@pytest.mark.parametrize("box", [[63, 2, 1, 40], [63.5, 2, 0.5, 4], [2, 47, 10, 1]])
+def test_a_box_that_clipping_leaves_nothing_of_is_refused(box, tmp_path):
+    assert data.clip_boxes([box], 64, 48).reshape(2, 2).diff(dim=0).min() <= 0
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**GOOD, "boxes": [box]}))
+    with pytest.raises(data.InputError, match="rows.jsonl:1: box .* lies in the last column or row of pixels"):
+        data.read_rows(section(tmp_path), "train")
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.ico", "a.ppm", "a.tga"])
+def test_an_image_of_a_format_that_data_sets_do_not_use_is_refused_with_those_that_are_read(name, tmp_path):
+    with pytest.raises(data.InputError, match="cannot read the image .*none of JPEG, PNG, WEBP, BMP, GIF, MPO"):
+        data.read_image(save_image(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.bmp", "a.gif", "a.mpo"])
+def test_images_of_the_formats_of_data_sets_are_read(name, tmp_path):
+    assert data.read_image(save_image(tmp_path / name)).shape == (3, 48, 64)
+
+
+def test_a_pipe_or_a_device_is_no_image_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (str(tmp_path / "pipe.jpg"), "/dev/zero"):
+        done = subprocess.run(
+            [sys.executable, "-c", "import sys, data; data.read_image(sys.argv[1])", path],
+            **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60},
+        )
+        assert done.stderr.splitlines()[-1] == f"data.InputError: {path}: there is no image {path}"
+
+
+SHAPES = {"annotations": "data/shapes/{split}.jsonl", "tokenizer": "data/shapes/shapes.spm", "generate": "shapes"}
+MAKE = "import json, sys, data; data.make_embedded_set(json.loads(sys.argv[1]))"
+
+
+def make_set(folder, scenes) -> subprocess.Popen:
+    line = [sys.executable, "-c", MAKE, json.dumps({**SHAPES, "scenes": scenes})]
+    env = {**environment(), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(line, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def test_of_two_first_starts_at_once_the_second_uses_the_set_of_the_first(tmp_path):
+    both = [make_set(tmp_path, 300) for _ in range(2)]
+    assert [(process.communicate(timeout=120)[1], process.returncode) for process in both] == [("", 0)] * 2
+    assert [path.name for path in (tmp_path / "data").iterdir() if not path.name.startswith(".")] == ["shapes"]
+    assert len(list((tmp_path / "data" / "shapes" / "images").glob("train_*.jpg"))) == 300
+
+
+def test_what_a_killed_first_start_left_behind_is_gone_after_the_next(tmp_path):
+    killed = make_set(tmp_path, 5000)
+    while killed.poll() is None and not list(tmp_path.glob("data/*/shapes/images/*.jpg")):
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert list(tmp_path.glob("data/*/shapes/images/*.jpg"))
+    assert make_set(tmp_path, 60).communicate(timeout=120)[1] == ""
+    assert [path.name for path in (tmp_path / "data").iterdir() if not path.name.startswith(".")] == ["shapes"]
