@@ -17,6 +17,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is being imported; `data.run` s
 
 import argparse
 import difflib
+import hashlib
 import io
 import json
 import math
@@ -418,6 +419,14 @@ def expand(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, choices=(choice,)) for row in rows for choice in row.choices]
 
 
+def fingerprint(splits: Sequence[Sequence[Row]]) -> str:
+    """The same for the same rows in the same order, on every machine and wherever the images lie."""
+    digest = hashlib.sha256()
+    for row in chain(*splits):
+        digest.update(repr((os.path.basename(row.image), row.choices, row.size)).encode())
+    return digest.hexdigest()
+
+
 # -------------------------------------------------------------------------------------------------------- text
 
 
@@ -434,9 +443,12 @@ class Tokenizer:
             raise InputError(f"{path}: there is no such tokenizer (data.tokenizer; for BEiT-3 it is beit3.spm)")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            pieces = self.model.id_to_piece(list(range(self.model.vocab_size())))
+        except (RuntimeError, OSError, ValueError) as error:
             raise InputError(f"{path}: is not a sentencepiece model: {error}") from None
-        self.vocab_size = self.model.vocab_size() + 1  # one id past the last piece
+        self.path, self.vocab_size = str(path), len(pieces) + 1  # one id past the last piece
+        # of the pieces and not of the file, whose bytes differ between versions of sentencepiece
+        self.digest = hashlib.sha256("\n".join(pieces).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str], max_tokens: int = 20) -> tuple[Tensor, Tensor]:
         """Texts -> tokens (B, L) int64, text_pad (B, L) bool, True = padding; L = max_tokens. Longer texts are cut."""
