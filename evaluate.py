@@ -702,8 +702,9 @@ def load_split(config: dict, split: str) -> data.Dataset:
     return data.Dataset(rows, config["model"]["image_size"])
 
 
-def load_collate(config: dict) -> data.Collate:
+def load_collate(config: dict, model: models.SimVG) -> data.Collate:
     tokenizer = data.Tokenizer(config["data"]["tokenizer"])
+    check_tokenizer(model, tokenizer)
     return data.Collate(tokenizer, config["data"]["max_tokens"])
 
 
@@ -773,8 +774,7 @@ def keep_freed_memory() -> None:
 def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict, rank: int) -> None:
     """Print one table per split, and the same figures as a line of JSON."""
     branch = chosen_branch(args, config)
-    collate, everything = load_collate(config), {}
-    check_tokenizer(model, collate.tokenizer)
+    collate, everything = load_collate(config, model), {}
     for split in args.split or config["data"]["eval_splits"]:
         dataset = load_split(config, split)
         workers, amp = config["data"]["workers"], models.AMP[args.amp]
@@ -791,8 +791,7 @@ def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict,
 
 def print_attention(args: argparse.Namespace, model: models.SimVG, config: dict) -> None:
     """The `Shares` of every split as a table, in percent."""
-    decodes, collate = trained_branch(config["train"]) != "token", load_collate(config)
-    check_tokenizer(model, collate.tokenizer)
+    decodes, collate = trained_branch(config["train"]) != "token", load_collate(config, model)
     for split in args.split or config["data"]["eval_splits"]:
         dataset = load_split(config, split)
         shares = attention_shares(model, dataset, collate)

@@ -39,7 +39,6 @@ import model as models
 from data import InputError
 
 LOG_EVERY = 20  # steps between two training rows of metrics.jsonl
-MAY_CHANGE = ("workers", "micro_batch", "save_minutes")  # when a run goes on
 PATIENCE = 20  # so many steps in a row may be not finite; in fp16 the first ones are, until the loss scale fits
 
 
@@ -87,14 +86,10 @@ def main() -> None:
         data.check_files(rows)
     train_set = data.Dataset(rows, config["model"]["image_size"], settings["seed"], data_settings["jitter"])
     splits = {split: evaluate.load_split(config, split) for split in data_settings["eval_splits"]}
-    collate = evaluate.load_collate(config)
-    made_with = {
-        "tokenizer": collate.tokenizer.digest,
-        "rows": data.fingerprint([rows, *(s.rows for s in splits.values())]),
-    }
-    agree(world, (settings, made_with, state and state.get("step")))
+    digest = data.fingerprint([rows, *(split.rows for split in splits.values())])
+    agree(world, (settings, digest, state and state.get("step")))
     run = build(config, out, rank, world, device)
-    run.made_with = made_with
+    run.made_with["rows"] = digest
     if state:
         restore(run, state)
     elif args.init:
@@ -102,7 +97,8 @@ def main() -> None:
         config["model"]["as_released"] = run.model.tqg.as_released
         if rank == 0:
             print(report)
-    evaluate.check_tokenizer(run.model, collate.tokenizer)
+    collate = evaluate.load_collate(config, run.model)
+    run.made_with["tokenizer"] = collate.tokenizer.digest
     if settings["ema"] and not run.ema:
         run.ema |= {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
@@ -495,9 +491,9 @@ def found_run(out: Path, config: dict, resume: bool) -> dict | None:
         config["model"]["as_released"] |= state["config"]["model"]["as_released"]  # taken over at the start
         for section, keys in config.items():
             for key, value in keys.items():
-                if (old := state["config"][section].get(key)) != value and key not in MAY_CHANGE:
-                    was = f"the run was started with {section}.{key}={old}"
-                    raise InputError(f"{out}: {was}, it cannot go on with {value}")
+                old = state["config"][section].get(key)
+                if old != value and key not in ("workers", "micro_batch", "save_minutes"):  # these may change
+                    raise InputError(f"{out}: was started with {section}.{key}={old}, cannot go on with {value}")
     return state
 
 
@@ -510,8 +506,7 @@ def hold(out: Path, config: str) -> TextIO:
         if isinstance(error, BlockingIOError):  # else it is a file system without locks
             raise InputError(f"{out}: another process is training in this folder") from None
     file.truncate(0)
-    file.write(config)
-    file.flush()
+    print(config, file=file, end="", flush=True)
     return file
 
 
@@ -521,7 +516,7 @@ def agree(world: int, mine: object) -> None:
     if world > 1:
         dist.all_gather_object(ranks, mine)
     if any(theirs != ranks[0] for theirs in ranks):
-        raise InputError("the ranks differ in their rows, tokenizer, last.pt or section train: all must read the same")
+        raise InputError("the ranks differ in their rows, last.pt or section train: all must read the same files")
 
 
 def restore(run: Run, state: dict) -> None:
