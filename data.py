@@ -17,6 +17,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is being imported; `data.run` s
 
 import argparse
 import difflib
+import fcntl
 import hashlib
 import io
 import json
@@ -25,18 +26,20 @@ import os
 import pickle
 import random
 import re
+import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from reprlib import repr as brief  # of whatever length and depth
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -52,6 +55,7 @@ from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 MAX_PIXELS = 50_000_000  # a larger image is refused before it is decoded
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "MPO")  # of data sets; others open in ways that the checks do not fit
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which would warn from 89 million on, gives way to ours
 ORIENTATION = 0x0112  # the EXIF tag
 Box = tuple[float, float, float, float]  # x, y, w, h in pixels of the original image
@@ -60,10 +64,15 @@ Box = tuple[float, float, float, float]  # x, y, w, h in pixels of the original 
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line that says what, where, and what was expected."""
 
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))  # names hold anything
+
 
 def run(main: Callable[[], None]) -> None:
     """Run a program's main: one line and exit status 2 for bad input, no traceback on Ctrl-C or for a lost rank."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
     except InputError as error:
@@ -75,6 +84,8 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     except OSError as error:  # a full disk, a folder that may not be written, ...
         print(f"{Path(sys.argv[0]).name}: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        if sys.stdout:  # where it cannot be written to, Python would try again at its end, and complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
     except RuntimeError as error:
         if "closed by peer" not in str(error) and "reset by peer" not in str(error):
@@ -110,34 +121,72 @@ def nearest(word: str, words: Sequence[str]) -> str:
 
 # keys that may also be null, which leaves that loss term, decay or augmentation out
 OPTIONAL = ("loss_decoder", "loss_token_on_truth", "loss_token_on_teacher", "decay_epochs", "jitter")
+# what a key may hold: a type (lists and objects hold strings), or a number from the first to the second given, or, with
+# a third, a list of so many such numbers (0: of any length)
+KEYS = {
+    key: allowed
+    for allowed, keys in (
+        ((1, 1_000_000), "image_size patch_size vocab_size encoder_width encoder_layers encoder_heads encoder_ffn"),
+        ((1, 1_000_000), "head_width queries tqg_layers tqg_ffn decoder_layers decoder_ffn"),
+        ((1, 1_000_000), "epochs batch_size micro_batch evaluate_every"),
+        ((0, 2**63 - 1), "seed workers scenes warmup_epochs evaluate_from"),
+        ((3, 1022), "max_tokens"),  # <s>, a piece, </s>; BEiT-3's positions
+        ((0.0, 1.0), "lr lr_encoder eps weight_decay decay_factor ema_decay"),
+        ((0.0, 0.999999), "drop_path dropout"),
+        ((1e-9, 1e9), "clip_norm no_object_weight"),
+        ((0.0, 1e9), "loss_decoder loss_token_on_truth loss_token_on_teacher save_minutes"),
+        ((0.0, 0.999999, 2), "betas"),
+        ((0.01, 100.0, 2), "jitter"),
+        ((1, 1_000_000, 0), "decay_epochs"),
+        (bool, "as_released amsgrad ema checkpointing compile"),
+        (str, "annotations images tokenizer generate amp"),
+        (list, "eval_splits"),
+        (dict, "sources"),
+    )
+    for key in keys.split()
+}
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> dict:
     """`configs.json:refcoco` and `["train.lr=1e-4"]` -> {"model": {...}, "data": {...}, "train": {...}}.
 
     A config is the fragment `default`, then the fragments its name stands for, then the overrides, whose values
-    are JSON or else a string. `default` is the schema. InputError: unknown name or key, or a value of another type.
+    are JSON or else a string. InputError: unknown name or key, or a value that `KEYS` does not allow.
     """
     path, _, name = spec.rpartition(":")
     if not path:
         raise InputError(f"--config {spec}: expected FILE:NAME, such as configs.json:shapes")
-    try:
-        entries = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON: {error}") from None
+    entries = read_json(Path(path))
+    if not isinstance(entries, dict) or not isinstance(entries.get("default"), dict):
+        raise InputError(f'{path}: expected an object of recipes and fragments, "default" among them')
     if isinstance(entries.get(name), dict) and name != "default":
         raise InputError(f"{path}: {name!r} is a fragment of recipes, not a recipe")
     if name not in entries:
         raise InputError(f"{path}: there is no config {name!r}; {nearest(name, list(entries))}")
+    fragments = [*_fragments(entries, "default", path), *_fragments(entries, name, path)]
     config = {section: dict(keys) for section, keys in entries["default"].items()}
-    for fragment in _fragments(entries, name):
+    check_config(config, path)
+    for fragment in fragments:
         for section, keys in entries[fragment].items():
             for key, value in keys.items():
                 _set(config, f"{path}:{fragment}", f"{section}.{key}", value)
     override_config(config, overrides)
+    check_config(config, path)
     return config
+
+
+def check_config(config: dict, where: str) -> None:
+    """InputError unless a config, of a file or a checkpoint, has every key with a value that fits `KEYS` and others."""
+    if missing := KEYS.keys() - {key for keys in config.values() for key in keys}:
+        raise InputError(f"{where}: the config lacks {min(missing)}")
+    for section, keys in config.items():
+        for key, value in keys.items():
+            _set(config, where, f"{section}.{key}", value)
+    model = config["model"]
+    divisors = {"image_size": model["patch_size"], "encoder_width": model["encoder_heads"], "head_width": 8}
+    for key, divisor in divisors.items():
+        if model[key] % divisor:
+            raise InputError(f"model.{key}={model[key]}: expected a multiple of {divisor}")
 
 
 def override_config(config: dict, overrides: Sequence[str]) -> None:
@@ -145,40 +194,55 @@ def override_config(config: dict, overrides: Sequence[str]) -> None:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise InputError(f"--set {override}: expected section.key=value")
+            raise InputError(f"--set {brief(override)}: expected section.key=value")
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = text
         _set(config, "--set", key, value)
-    annotations = config["data"]["annotations"]
+    annotations, generate = config["data"]["annotations"], config["data"]["generate"]
     if "{split}" not in annotations and not annotations.endswith(".json"):
         raise InputError(f"data.annotations={annotations}: expected {{split}} in the name, or an official .json")
+    if generate not in ("", *COUNTS):
+        raise InputError(f"data.generate={generate}: there are: {', '.join(COUNTS)}")
 
 
-def _fragments(entries: dict, name: str) -> Iterator[str]:
-    if isinstance(entries[name], dict):
+def _fragments(entries: dict, name: object, path: str, inside: tuple = ()) -> Iterator[str]:
+    parts = entries.get(name) if isinstance(name, str) else None
+    if isinstance(parts, dict) and all(isinstance(keys, dict) for keys in parts.values()):
         yield name
-        return
-    for part in entries[name]:
-        yield from _fragments(entries, part)
+    elif isinstance(parts, list) and name not in inside:
+        for part in parts:
+            yield from _fragments(entries, part, path, (*inside, name))
+    else:
+        raise InputError(f"{path}: {brief(name)} must be a fragment {{section: {{key: value}}}} or a list of others")
 
 
 def _set(config: dict, where: str, key: str, value: object) -> None:
     section, _, leaf = key.partition(".")
-    known = [f"{s}.{k}" for s, keys in config.items() for k in keys]
+    known = [f"{s}.{k}" for s, keys in config.items() for k in keys if k in KEYS]
     if key not in known:
-        raise InputError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
-    old = config[section][leaf]
-    wanted = {bool: (bool,), int: (int,), float: (float, int), type(None): (int, float, list)}.get(
-        type(old), (type(old),)
-    )
-    right = isinstance(value, wanted) and (isinstance(value, bool) == isinstance(old, bool))
-    if not right and not (value is None and leaf in OPTIONAL):
-        kinds = {bool: "true or false", int: "an integer", float: "a number", str: "a string", list: "a list"}
-        kinds |= {dict: "an object", type(None): "a number or a list"}
-        raise InputError(f"{where}: {key} must be {kinds[type(old)]}, not {value!r}")
-    config[section][leaf] = float(value) if isinstance(old, float) and value is not None else value
+        raise InputError(f"{where}: unknown key {brief(key)}; {nearest(key, known)}")
+    fits, wanted = _check(value, KEYS[leaf])
+    if not fits and not (value is None and leaf in OPTIONAL):
+        raise InputError(f"{where}: {key} must be {wanted}, not {brief(value)}")
+    config[section][leaf] = float(value) if wanted.startswith("a number") and value is not None else value
+
+
+def _check(value: object, allowed: type | tuple) -> tuple[bool, str]:
+    """Whether a value is one of those allowed, and which these are."""
+    if isinstance(allowed, tuple):
+        low, high, *length = allowed
+        wanted = f"{'an integer' if type(low) is int else 'a number'} from {low:,} to {high:,}"
+        if not length:
+            return type(value) in (int, type(low)) and low <= value <= high, wanted
+        fits = (
+            isinstance(value, list) and length[0] in (0, len(value)) and all(_check(v, (low, high))[0] for v in value)
+        )
+        return fits, f"a list of {length[0] or 'any length'}, each {wanted}"
+    texts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [str(value)]
+    fits = isinstance(value, allowed) and value != [] and all(isinstance(v, str) and v.isprintable() for v in texts)
+    return fits, {bool: "true or false", str: "a string", list: "a list of strings", dict: "an object"}[allowed]
 
 
 # ------------------------------------------------------------------------------------------------- annotations
@@ -272,11 +336,11 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
 def _row(row: object, where: str, settings: dict) -> Row:
     """A row of either form -> Row; InputError says what is wrong with it."""
     if not isinstance(row, dict) or not ({"image", "boxes"} <= row.keys() or {"image_id", "bbox"} <= row.keys()):
-        has = f", not {list(row)!r:.80}" if isinstance(row, dict) else ""
+        has = f", not {brief(list(row))}" if isinstance(row, dict) else ""
         raise InputError(f'{where}: expected an object with "image", "expressions" and "boxes"{has}')
     image, source, expressions = row.get("image", row.get("image_id")), row.get("source"), row.get("expressions")
-    if not isinstance(expressions, list) or not expressions:
-        raise InputError(f'{where}: "expressions" must be a list of one or more strings')
+    if not isinstance(expressions, list) or not expressions or not isinstance(kind := row.get("kind", ""), str | int):
+        raise InputError(f'{where}: "expressions" must be a list of one or more strings, and "kind" a label')
     if "boxes" in row:
         boxes = _boxes_of_each(row["boxes"], len(expressions), where)
     else:
@@ -291,13 +355,13 @@ def _row(row: object, where: str, settings: dict) -> Row:
         for box in own:
             check_box(box, size, where)
         choices.append((expression, tuple(tuple(map(float, box)) for box in own)))
-    return Row(_image_path(image, source, settings, where), tuple(choices), size, str(row.get("kind", "")), where)
+    return Row(_image_path(image, source, settings, where), tuple(choices), size, str(kind), where)
 
 
 def _boxes_of_each(boxes: object, expressions: int, where: str) -> list:
     """`boxes` of a JSON Lines row is one list of boxes for all expressions, or such a list for each of them."""
     if not isinstance(boxes, list) or not all(isinstance(box, list) for box in boxes):
-        raise InputError(f'{where}: "boxes" must be a list of [x, y, w, h], not {boxes!r:.60}')
+        raise InputError(f'{where}: "boxes" must be a list of [x, y, w, h], not {brief(boxes)}')
     if not any(not box or isinstance(box[0], list) for box in boxes):
         return [boxes] * expressions
     if len(boxes) != expressions or not all(not each or isinstance(each[0], list) for each in boxes):
@@ -322,28 +386,23 @@ def _official_boxes(row: dict, where: str) -> list:
 def _image_path(image: object, source: object, settings: dict, where: str) -> str:
     """A file name in a folder, or a number in a pattern such as `folder/COCO_train2014_{:012d}.jpg`."""
     if source is not None and (not isinstance(source, str) or source not in settings["sources"]):
-        raise InputError(f"{where}: source {source!r} has no folder in data.sources")
+        raise InputError(f"{where}: source {brief(source)} has no folder in data.sources")
     pattern = settings["images"] if source is None else settings["sources"][source]
     if isinstance(image, str) and image.isprintable() and image:
         return os.path.join(os.path.dirname(pattern) if "{" in pattern else pattern, image)
     if type(image) is not int:
-        raise InputError(f"{where}: the image must be a file name or a number, not {image!r:.60}")
-    if "{" not in pattern:
+        raise InputError(f"{where}: the image must be a file name or a number, not {brief(image)}")
+    if not re.fullmatch(r"[^{}]*\{(:0?\d{0,2}d)?\}[^{}]*", pattern):  # str.format() can do much more than names need
         raise InputError(f"{where}: the image is a number, so {pattern!r} should be a pattern: .../{{:012d}}.jpg")
-    try:
-        return pattern.format(image)
-    except (LookupError, ValueError):
-        raise InputError(
-            f"{pattern}: is not a pattern for file names such as .../{{:012d}}.jpg (data.images)"
-        ) from None
+    return pattern.format(image)
 
 
 def check_expression(expression: object, where: str) -> None:
-    """InputError unless something is left of the text after cleaning (and it can be written as UTF-8)."""
-    if not isinstance(expression, str) or not clean(expression).strip():
-        raise InputError(f"{where}: an expression must be a text with at least one word, not {expression!r:.60}")
+    """InputError unless the text holds a letter or a digit (and can be written as UTF-8)."""
+    if not isinstance(expression, str) or not any(map(str.isalnum, expression)):
+        raise InputError(f"{where}: an expression must be a text with at least one word, not {brief(expression)}")
     if re.search("[\ud800-\udfff]", expression):
-        raise InputError(f"{where}: the expression {expression!r:.60} holds a character that UTF-8 cannot write")
+        raise InputError(f"{where}: the expression {brief(expression)} holds a character that UTF-8 cannot write")
 
 
 def check_size(size: tuple | None, where: str) -> None:
@@ -358,7 +417,7 @@ def check_box(box: object, size: tuple[int, int] | None, where: str) -> None:
     """
     four = isinstance(box, (list, tuple)) and len(box) == 4
     if not four or not all(type(v) in (int, float) and abs(v) < 1e9 for v in box):
-        raise InputError(f"{where}: a box must be [x, y, w, h] in pixels, not {box!r:.60}")
+        raise InputError(f"{where}: a box must be [x, y, w, h] in pixels, not {brief(box)}")
     x, y, w, h = box
     if w <= 0 or h <= 0:
         raise InputError(f"{where}: box {list(box)} has no area (expected [x, y, w, h] in pixels)")
@@ -371,6 +430,8 @@ def check_box(box: object, size: tuple[int, int] | None, where: str) -> None:
         if inside[0] * inside[1] < w * h / 2:
             of = f"the image of {size[0]} x {size[1]} pixels"
             raise InputError(f"{where}: box {list(box)}: more than half lies outside {of} (expected [x, y, w, h])")
+        if x >= size[0] - 1 or y >= size[1] - 1:
+            raise InputError(f"{where}: box {list(box)} lies in the last column or row of pixels, which is clipped off")
 
 
 def check_files(rows: Sequence[Row]) -> None:
@@ -459,6 +520,11 @@ class Tokenizer:
             row[: len(ids)] = torch.tensor(ids)
         return tokens, tokens == 1
 
+    def seen(self, text: str, max_tokens: int) -> tuple[str, bool]:
+        """What the model gets of a text, and whether the text was cut there."""
+        pieces = self.model.encode(clean(text))
+        return self.model.decode(pieces[: max_tokens - 2]), len(pieces) > max_tokens - 2
+
     def pieces(self, text: str, max_tokens: int = 20) -> list[str]:
         """What stands between <s> and </s>, as text."""
         pieces = self.model.encode(clean(text), out_type=str)[: max_tokens - 2]
@@ -471,8 +537,10 @@ class Tokenizer:
 def open_image(path: str, size: tuple[int, int] | None = None, where: str = "") -> Image.Image:
     """An image file with its header read and checked; `size` is what the row says, (width, height)."""
     where = where or path
+    if not os.path.isfile(path):  # a pipe or a device might never end
+        raise InputError(f"{where}: there is no image {path}")
     try:
-        file = Image.open(path)
+        file = Image.open(path, formats=FORMATS)
         too_large = file.width * file.height > MAX_PIXELS
         upright = file.size if too_large else upright_size(file)
     except Exception as error:  # Pillow's readers raise whatever a damaged header makes them stumble over
@@ -493,7 +561,7 @@ def upright_size(file: Image.Image) -> tuple[int, int]:
 
 
 def _fault(error: Exception) -> str:
-    return getattr(error, "strerror", None) or "damaged, cut off or no image"
+    return getattr(error, "strerror", None) or f"damaged, cut off or none of {', '.join(FORMATS)}"
 
 
 def read_image(path: str, size: tuple[int, int] | None = None, where: str = "") -> Tensor:
@@ -715,8 +783,16 @@ def tile(pictures: Sequence[Image.Image], path: str | Path, columns: int) -> Non
     page.save(path)
 
 
+def check_picture(path: str) -> None:
+    """InputError unless a picture can be saved under this name."""
+    file = Path(path)
+    if file.suffix not in (".png", ".jpg") or file.is_dir() or not file.absolute().parent.is_dir():
+        raise InputError(f"--save {path}: expected a file that ends in .png or .jpg, in a folder that is there")
+
+
 def show(config: dict, split: str, number: int, path: str) -> None:
     """A page of examples of a split: each as it is on disk, then as training (train) or evaluation gets it."""
+    tokenizer = Tokenizer(config["data"]["tokenizer"])
     rows = expand(read_rows(config["data"], split))
     rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), min(number, len(rows))))]
     check_files(rows)
@@ -730,7 +806,11 @@ def show(config: dict, split: str, number: int, path: str) -> None:
         boxes = clip_boxes(row.boxes, width, height) / torch.tensor([width, height, width, height])
         seen, _, moved, _ = dataset[0, i]
         pictures.append(draw(image, {"truth": boxes}, row.expression))
-        pictures.append(draw(seen, {"truth": box_convert(moved, "cxcywh", "xyxy")}, os.path.basename(row.image)))
+        text, cut = tokenizer.seen(row.expression, config["data"]["max_tokens"])
+        if cut:
+            tqdm.write(f"{row.where}: {row.expression!r} is cut after {text!r} (data.max_tokens)")
+        caption = f"...{text[-36:]} [cut]" if cut else text
+        pictures.append(draw(seen, {"truth": box_convert(moved, "cxcywh", "xyxy")}, caption))
     tile(pictures, path, columns=6)
     print(f"{path}: {len(rows)} examples of {split}, each before and after augmentation and resizing")
 
@@ -745,7 +825,7 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
     """Print what the splits hold and up to 20 faults, by row; InputError where there is one. With `decode`
     every image is decoded."""
     settings, faults, table = config["data"], [], {}
-    tokenizer, room = Tokenizer(settings["tokenizer"]), settings["max_tokens"] - 2
+    tokenizer = Tokenizer(settings["tokenizer"])
     for split in splits:
         rows, seen, before = [], set(), len(faults)
         for row in scan_rows(settings, split):
@@ -762,7 +842,7 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
             count["expressions"] += 1
             count[("- without a target", "- with one", "- with several")[min(len(boxes), 2)]] += 1
             count["- repeated for the same boxes"] += (row.image, choice) in seen
-            count["- too long, so cut"] += len(tokenizer.model.encode(clean(expression))) > room
+            count["- too long, so cut"] += tokenizer.seen(expression, settings["max_tokens"])[1]
             count["- with a box over the image's edge"] += any(_over_the_edge(box, row.size) for box in boxes)
             seen.add((row.image, choice))
     print(f"{'':36}" + "".join(f"{split:>12}" for split in splits))
@@ -834,53 +914,51 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
     folder = Path(to).parent
     if "{split}" not in Path(to).name:
         raise InputError(f"--to {to}: expected {{split}} in the name, such as data/annotations/refcoco/{{split}}.jsonl")
-    counts: dict[str, Counter] = {}
-    images: dict[str, set] = {}
-    together: dict[Hashable, list[Named]] = {}
+    splits: dict[str, dict[Hashable, list[Named]]] = {}  # the expressions of each row of each split
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch, ExitStack() as stack:
-            files: dict[str, TextIO] = {}
-            for named in chain.from_iterable(map(read_foreign, map(Path, sources))):
-                split = named.split
-                if split not in files:
-                    target = Path(to.replace("{split}", split))
-                    if target.exists():
-                        raise InputError(f"{target}: is there already, nothing was written")
-                    files[split] = stack.enter_context(open(Path(scratch) / target.name, "w", encoding="utf-8"))
-                    counts[split], images[split] = Counter(), set()
-                counts[split]["expressions"] += 1
-                counts[split][("none", "one", "many")[min(len(named.boxes), 2)]] += 1
-                images[split].add(named.image)
-                if split == "train":
-                    together.setdefault(named.key, []).append(named)
-                else:
-                    files[split].write(_json_line([named]))
-            if not files:
-                raise InputError(f"{', '.join(sources)}: no expression in there")
-            for expressions in together.values():
-                files["train"].write(_json_line(expressions))
-            stack.close()
+        for named in chain.from_iterable(map(read_foreign, map(Path, sources))):
+            rows = splits.setdefault(named.split, {})
+            rows.setdefault(named.key if named.split == "train" else len(rows), []).append(named)
+        if not splits:
+            raise InputError(f"{', '.join(sources)}: no expression in there")
+        every = {split: list(chain.from_iterable(rows.values())) for split, rows in splits.items()}
+        paths = [named.image for each in every.values() for named in each if isinstance(named.image, str)]
+        folders = {os.path.dirname(path) for path in paths}
+        shared = os.path.commonpath(folders) if len({path[:1] == "/" for path in paths}) == 1 else ""
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            for split, rows in splits.items():
+                target = Path(to.replace("{split}", split))
+                if target.exists():
+                    raise InputError(f"{target}: is there already, nothing was written")
+                with open(Path(scratch) / target.name, "w", encoding="utf-8") as file:
+                    for row in rows.values():
+                        file.write(json.dumps(_own_row(row, shared), ensure_ascii=False) + "\n")
             for written in Path(scratch).iterdir():
                 written.replace(folder / written.name)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
-    for split, count in counts.items():
-        count |= {"images": len(images[split]), "rows": len(together) if split == "train" else count["expressions"]}
+    counts = {}
+    for split, each in every.items():
+        counts[split] = Counter(("none", "one", "many")[min(len(named.boxes), 2)] for named in each)
+        images = len({named.image for named in each})
+        counts[split] |= {"expressions": len(each), "images": images, "rows": len(splits[split])}
     _print_counts(counts, PUBLISHED.get(published or "", {}), to)
+    if shared:
+        print(f"image names start inside {shared}, the folder that all share")
 
 
-def _json_line(together: Sequence[Named]) -> str:
+def _own_row(together: Sequence[Named], shared: str = "") -> dict:  # in whose folder the name of the image starts
     first = together[0]
     boxes = [named.boxes for named in together]
-    image = os.path.basename(first.image) if isinstance(first.image, str) else first.image
+    image = os.path.relpath(first.image, shared) if shared and isinstance(first.image, str) else first.image
     row = {"image": image, "expressions": [named.expression for named in together]}
     row["boxes"] = first.boxes if all(own == first.boxes for own in boxes) else boxes
     if first.size:
         row |= {"width": first.size[0], "height": first.size[1]}
     if first.source:
         row["source"] = first.source
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return row
 
 
 def _print_counts(counts: dict[str, Counter], published: dict[str, tuple], to: str) -> None:
@@ -908,19 +986,17 @@ def read_foreign(path: Path) -> Iterator[Named]:
         if isinstance(item, InputError):
             raise item
         try:
-            found = understand(where, item)
+            for named in understand(where, item):
+                image, split, source = named.image, named.split, named.source
+                if not isinstance(image, str | int) or not isinstance(split, str) or not re.fullmatch(r"\w+", split):
+                    raise InputError(f"{where}: expected image and split, not {brief(image)} and {brief(split)}")
+                settings = {"images": "{}", "sources": {s: "{}" for s in [source] if str(s).isprintable()}}
+                _row({**_own_row([named]), "boxes": [named.boxes]}, where, settings)  # or training could not read it
+                yield named._replace(key=(path, image, named.size, source, str(named.key)))
         except InputError:
             raise
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise InputError(f"{where}: is no row of this layout: {error!r:.150}") from None
-        for named in found:
-            if not isinstance(named.image, str | int) or not re.fullmatch(r"\w+", str(named.split)):
-                raise InputError(f"{where}: expected image and split, not {named.image!r:.60} and {named.split!r:.60}")
-            check_size(named.size, where)
-            check_expression(named.expression, where)
-            for box in named.boxes:
-                check_box(box, named.size, where)
-            yield named._replace(key=(path, str(named.key)))
 
 
 def _layout(path: Path) -> tuple[Sequence | Iterator, Callable[[str, Any], list[Named]]]:
@@ -954,14 +1030,31 @@ def _split_of(path: Path) -> str:
     raise InputError(f"{path}: expected a name that ends in the split, such as refcoco_testA{path.suffix}")
 
 
-class _PlainUnpickler(pickle.Unpickler):
+NUMBERS = {"<i4": np.int32, "<i8": np.int64, "<f4": np.float32, "<f8": np.float64}
+
+
+class _Numpy:
+    """A pickled array or dtype. numpy itself would take any state for it, and a forged one crashes the process."""
+
+    def __init__(self, *made: object):
+        self.made = made
+
+    def __setstate__(self, state: tuple) -> None:
+        self.state = state
+
+    def __iter__(self) -> Iterator[float]:
+        _, _, dtype, _, content = self.state
+        return iter(np.frombuffer(content, NUMBERS[dtype.state[1] + dtype.made[0]]).tolist())
+
+
+class _PlainUnpickler(pickle._Unpickler):  # the one in C takes as much memory as a forged number says
     """Reads containers, numbers and strings, and numpy arrays. Whatever else a pickle wants to call is refused."""
 
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}:
-            return super().find_class(module, name)
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np.empty(0).__reduce__()[0]
+        if (module, name) == ("_codecs", "encode"):
+            return str.encode
+        if module.startswith("numpy") and name in ("ndarray", "dtype", "_reconstruct"):
+            return _Numpy
         raise pickle.UnpicklingError(f"it would call {module}.{name}")
 
 
@@ -1218,8 +1311,7 @@ def make_shapes(folder: Path, scenes: int, set_name: str, show: bool = True) -> 
 
     `scenes` are those of train; val and test hold 2,000 expressions (fewer with few scenes).
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.part") as scratch:
         part = Path(scratch) / folder.name
         (part / "images").mkdir(parents=True)
         texts: set[str] = set()
@@ -1246,8 +1338,14 @@ def make_embedded_set(settings: dict) -> None:
     if not settings["generate"] or folder != Path(settings["tokenizer"]).parent:
         return
     if not folder.exists():
-        make_shapes(folder, wanted, settings["generate"])
-    elif (scenes := len(list((folder / "images").glob("train_*.jpg")))) != wanted:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two first starts at once the second waits, and finds the set
+            for left in folder.parent.glob(f"{folder.name}.part*"):  # by a killed run
+                shutil.rmtree(left)
+            if not folder.exists():
+                make_shapes(folder, wanted, settings["generate"])
+    if (scenes := len(list((folder / "images").glob("train_*.jpg")))) != wanted:
         raise InputError(f"{folder}: holds a set of {scenes} scenes, not data.scenes={wanted}; remove it first")
 
 
@@ -1259,6 +1357,10 @@ def main() -> None:
     if args.job == "convert":
         convert(args.sources, args.to, args.published)
         return
+    if args.job == "show":
+        check_picture(args.save)
+        if not 1 <= args.n <= 600:
+            raise InputError(f"-n {args.n}: expected 1 to 600 examples")
     config = load_config(args.config, args.set)
     make_embedded_set(config["data"])
     if args.job == "check":
@@ -1270,7 +1372,7 @@ def main() -> None:
 CONVERT = """Annotations of other projects, checked row by row, to JSON Lines, one file a split. The layout is told by
 name and content: refer's refs(*).p and gRefCOCO's grefs(*).json (with instances.json beside them), MDETR's
 finetune_*.json, TransVG's *.pth, SeqTR's instances.json, and the flat lines or lists of Qwen-VL, InternVL, Shikra,
-VLM-R1, ReCLIP and this project."""
+VLM-R1 and ReCLIP."""
 
 
 def parse_arguments() -> argparse.Namespace:

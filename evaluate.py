@@ -241,9 +241,9 @@ def ground(
     max_tokens = max_tokens or model.max_tokens or 20
     for text in texts:
         data.check_expression(text, "--text")
-        if len(pieces := tokenizer.pieces(text, sys.maxsize)) > max_tokens - 2:
-            last = f"{pieces[max_tokens - 3]!r} is the last of {max_tokens - 2} tokens that are read"
-            warnings.warn(f"{text!r:.60} was cut: {last}, of {len(pieces)}", stacklevel=2)
+        seen, was_cut = tokenizer.seen(text, max_tokens)
+        if was_cut:
+            warnings.warn(f"{text!r} was cut, the model reads {seen!r}", stacklevel=2)
     height, width = picture.shape[1:]
     device = model.mean.device
     tokens, text_pad = (x.to(device) for x in tokenizer(texts, max_tokens))  # (B, L), B phrases
@@ -727,6 +727,9 @@ def main() -> None:
         raise InputError(
             f"{args.ckpt}: an official checkpoint holds no config, name one: --config configs.json:refcoco"
         )
+    else:
+        with models.unpacking(args.ckpt):
+            data.check_config(config, args.ckpt)
     if fixed := [pair for pair in args.set if pair.startswith("model.")]:
         raise InputError(f"--set {fixed[0]}: the checkpoint says what the model is")
     data.override_config(config, args.set)
