@@ -102,6 +102,7 @@ class BEiT3(nn.Module):
         self, image_size: int, patch: int, vocab: int, width: int, layers: int, heads: int, ffn: int, drop_path: float
     ):
         super().__init__()
+        assert not image_size % patch and not width % heads, "the patch must divide the image, the heads the width"
         self.grid = image_size // patch
         self.patch_embed = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
         self.text_embed = nn.Embedding(vocab, width)

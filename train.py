@@ -57,7 +57,7 @@ class Run:
     ema: dict[str, Tensor]  # averaged weights; empty without train.ema
     branch: str  # "both", "decoder" or "token"
     amp: torch.dtype | None
-    made_with: dict = field(default_factory=dict)  # what a checkpoint tells of its `tokenizer` and `rows`
+    made_with: dict = field(default_factory=dict)  # digests of "tokenizer" and "rows", kept in checkpoints
     held: TextIO | None = None  # see `hold`
     stopped: list[int] = field(default_factory=list)  # signals received
     skipped_in_a_row: int = 0  # steps that were not finite
@@ -498,7 +498,7 @@ def found_run(out: Path, config: dict, resume: bool) -> dict | None:
 
 
 def hold(out: Path, config: str) -> TextIO:
-    """Write config.json and lock it as long as it stays open, which a second run in this folder is refused by."""
+    """Write config.json and keep it locked for as long as it stays open: a second run in this folder is refused."""
     file = open(out / "config.json", "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would keep after a kill
