@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+OBJECT_TOKENS = 1  # BEiT-3 has one; of several, the mean answers
 TEXT_POSITIONS = 1022  # of every released BEiT-3, without the two rows of its table that are never read
 
 
@@ -65,7 +66,7 @@ class MultiwayLayer(nn.Module):
         k = self._join(self.image.k(h_image), self.text.k(h_text))  # (B, H, T, D/H)
         v = self._join(self.image.v(h_image), self.text.v(h_text))
         if object_only:
-            image, h_image = image[:, :1], h_image[:, :1]  # (B, 1, D)
+            image, h_image = image[:, :OBJECT_TOKENS], h_image[:, :OBJECT_TOKENS]  # (B, 1, D)
         q = self._join(self.image.q(h_image), self.text.q(h_text))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=readable)
         attended = attended.transpose(1, 2).flatten(2)  # (B, T, D); with object_only (B, 1+L, D)
@@ -101,11 +102,12 @@ class BEiT3(nn.Module):
         self, image_size: int, patch: int, vocab: int, width: int, layers: int, heads: int, ffn: int, drop_path: float
     ):
         super().__init__()
+        assert not image_size % patch and not width % heads, "the patch must divide the image, the heads the width"
         self.grid = image_size // patch
         self.patch_embed = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
         self.text_embed = nn.Embedding(vocab, width)
-        self.object_token = nn.Parameter(torch.zeros(1, 1, width))  # BEiT-3's [CLS]
-        self.image_positions = nn.Parameter(torch.empty(1 + self.grid**2, width))
+        self.object_token = nn.Parameter(torch.zeros(1, OBJECT_TOKENS, width))  # BEiT-3's [CLS]
+        self.image_positions = nn.Parameter(torch.empty(OBJECT_TOKENS + self.grid**2, width))
         self.text_positions = nn.Parameter(torch.empty(TEXT_POSITIONS, width))
         self.layers = nn.ModuleList(MultiwayLayer(width, heads, ffn) for _ in range(layers))
         # grows from 0 in the first layer to its full rate in the last; for `large` that is 0 (D10)
@@ -126,8 +128,8 @@ class BEiT3(nn.Module):
         width = self.text_embed.embedding_dim
         nn.init.normal_(self.text_embed.weight, std=1.0)
         with torch.no_grad():
-            self.image_positions[0].zero_()
-            self.image_positions[1:] = sine_2d(self.grid, width)
+            self.image_positions[:OBJECT_TOKENS].zero_()
+            self.image_positions[OBJECT_TOKENS:] = sine_2d(self.grid, width)
             self.text_positions.copy_(sine_1d(TEXT_POSITIONS, width))
 
     def forward(
@@ -145,13 +147,13 @@ class BEiT3(nn.Module):
             else:
                 image, text = layer(*inputs)
         image, text = self.image_norm(image), self.text_norm(text)
-        return image[:, 0], image[:, 1:], text
+        return image[:, :OBJECT_TOKENS].mean(1), image[:, OBJECT_TOKENS:], text
 
     def embed(self, images: Tensor, tokens: Tensor, text_pad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 1: image (B, 1+N, D), text (B, L, D), and readable (B, 1, 1, T), which is False for padding."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
         # flattened: for one example DDP would warn of its gradient's strides
-        object_token = self.object_token.flatten().expand(images.shape[0], 1, -1)  # (B, 1, D)
+        object_token = self.object_token.flatten().view(OBJECT_TOKENS, -1).expand(images.shape[0], -1, -1)  # (B, 1, D)
         image = torch.cat([object_token, patches], dim=1) + self.image_positions
         text = self.text_embed(tokens) + self.text_positions[: tokens.shape[1]]  # (B, L, D)
         text = text.masked_fill(text_pad[..., None], 0)

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is being imported; `data.run` s
 import argparse
 import difflib
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -164,19 +165,28 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> dict:
         raise InputError(f"{path}: there is no config {name!r}; {nearest(name, list(entries))}")
     fragments = [*_fragments(entries, "default", path), *_fragments(entries, name, path)]
     config = {section: dict(keys) for section, keys in entries["default"].items()}
-    if missing := KEYS.keys() - {key for keys in config.values() for key in keys}:
-        raise InputError(f"{path}: the fragment default lacks {min(missing)}")
+    check_config(config, path)
     for fragment in fragments:
         for section, keys in entries[fragment].items():
             for key, value in keys.items():
                 _set(config, f"{path}:{fragment}", f"{section}.{key}", value)
     override_config(config, overrides)
+    check_config(config, path)
+    return config
+
+
+def check_config(config: dict, where: str) -> None:
+    """InputError unless a config, of a file or a checkpoint, has every key with a value that fits `KEYS` and others."""
+    if missing := KEYS.keys() - {key for keys in config.values() for key in keys}:
+        raise InputError(f"{where}: the config lacks {min(missing)}")
+    for section, keys in config.items():
+        for key, value in keys.items():
+            _set(config, where, f"{section}.{key}", value)
     model = config["model"]
     divisors = {"image_size": model["patch_size"], "encoder_width": model["encoder_heads"], "head_width": 8}
     for key, divisor in divisors.items():
         if model[key] % divisor:
             raise InputError(f"model.{key}={model[key]}: expected a multiple of {divisor}")
-    return config
 
 
 def override_config(config: dict, overrides: Sequence[str]) -> None:
@@ -470,6 +480,14 @@ def expand(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, choices=(choice,)) for row in rows for choice in row.choices]
 
 
+def fingerprint(splits: Sequence[Sequence[Row]]) -> str:
+    """The same for the same rows in the same order, on every machine and wherever the images lie."""
+    digest = hashlib.sha256()
+    for row in chain(*splits):
+        digest.update(repr((os.path.basename(row.image), row.choices, row.size)).encode())
+    return digest.hexdigest()
+
+
 # -------------------------------------------------------------------------------------------------------- text
 
 
@@ -486,9 +504,12 @@ class Tokenizer:
             raise InputError(f"{path}: there is no such tokenizer (data.tokenizer; for BEiT-3 it is beit3.spm)")
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
+            pieces = self.model.id_to_piece(list(range(self.model.vocab_size())))
+        except (RuntimeError, OSError, ValueError) as error:
             raise InputError(f"{path}: is not a sentencepiece model: {error}") from None
-        self.vocab_size = self.model.vocab_size() + 1  # one id past the last piece
+        self.path, self.vocab_size = str(path), len(pieces) + 1  # one id past the last piece
+        # of the pieces and not of the file, whose bytes differ between versions of sentencepiece
+        self.digest = hashlib.sha256("\n".join(pieces).encode()).hexdigest()
 
     def __call__(self, texts: Sequence[str], max_tokens: int = 20) -> tuple[Tensor, Tensor]:
         """Texts -> tokens (B, L) int64, text_pad (B, L) bool, True = padding; L = max_tokens. Longer texts are cut."""

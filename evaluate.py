@@ -23,6 +23,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -44,6 +45,7 @@ from data import InputError
 MIN_IOU = 0.5  # a box is right from this IoU on; in gREC from this generalised IoU
 THRESHOLD = 0.7  # a gREC query is an answer from this score on
 BRANCHES = ("decoder", "token")
+COUNTS = ("no target", "one target", "several targets")
 
 
 # ----------------------------------------------------------------------------------------------------- metrics
@@ -185,8 +187,8 @@ def by_kind(results: Sequence[dict[str, Result]], rows: Sequence[data.Row]) -> d
     """kind -> {"n", branch: share of correct answers}: by the rows' `kind` and by their number of targets."""
     kinds: dict[str, list] = {}
     for result, row in zip(results, rows, strict=True):
-        count = ("no target", "one target", "several targets")[min(len(row.boxes), 2)]
-        for kind in filter(None, (row.kind, count)):
+        own = repr(row.kind) if row.kind in COUNTS else row.kind  # quoted, so that two groups stay two
+        for kind in filter(None, (own, COUNTS[min(len(row.boxes), 2)])):
             kinds.setdefault(kind, []).append(result)
     if len(kinds) < 2:
         return {}
@@ -224,16 +226,26 @@ def ground(
     tokenizer: data.Tokenizer,
     branch: str = "token",
     threshold: float = THRESHOLD,
-    max_tokens: int = 20,
+    max_tokens: int | None = None,
     amp: torch.dtype | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Phrases in one image (a path, or (3, H, W) uint8 RGB) -> for each boxes xyxy in pixels (n, 4) and scores (n,).
 
-    A REC model answers one box; a gREC model every box from the threshold on, best first, maybe none.
+    A REC model answers one box; a gREC model every box from the threshold on, best first, maybe none. `max_tokens` is
+    the model's own unless given; a warning tells where a phrase was cut.
     """
     picture = image if isinstance(image, Tensor) else data.read_image(str(image))
+    if picture.dtype != torch.uint8 or picture.shape[:-2] != (3,):
+        raise InputError(f"an image must be (3, H, W) uint8, not {tuple(picture.shape)} {picture.dtype}")
+    if isinstance(texts, str):
+        raise InputError(f"expected a list of phrases, not the text {texts!r:.60}")
+    check_tokenizer(model, tokenizer)
+    max_tokens = max_tokens or model.max_tokens or 20
     for text in texts:
         data.check_expression(text, "--text")
+        seen, was_cut = tokenizer.seen(text, max_tokens)
+        if was_cut:
+            warnings.warn(f"{text!r} was cut, the model reads {seen!r}", stacklevel=2)
     height, width = picture.shape[1:]
     device = model.mean.device
     tokens, text_pad = (x.to(device) for x in tokenizer(texts, max_tokens))  # (B, L), B phrases
@@ -692,14 +704,18 @@ def load_split(config: dict, split: str) -> data.Dataset:
     return data.Dataset(rows, config["model"]["image_size"])
 
 
-def load_collate(config: dict) -> data.Collate:
+def load_collate(config: dict, model: models.SimVG) -> data.Collate:
     tokenizer = data.Tokenizer(config["data"]["tokenizer"])
-    if tokenizer.vocab_size > config["model"]["vocab_size"]:
-        raise InputError(
-            f"{config['data']['tokenizer']}: has {tokenizer.vocab_size} ids, model.vocab_size is "
-            f"{config['model']['vocab_size']}: not the tokenizer of this model"
-        )
+    check_tokenizer(model, tokenizer)
     return data.Collate(tokenizer, config["data"]["max_tokens"])
+
+
+def check_tokenizer(model: models.SimVG, tokenizer: data.Tokenizer) -> None:
+    """InputError unless it has the words that the model was trained with, as far as that is known."""
+    words = model.encoder.text_embed.num_embeddings
+    if tokenizer.vocab_size > words or model.tokenizer_digest not in (None, tokenizer.digest):
+        have = f"it has {tokenizer.vocab_size} ids, the model {words}"
+        raise InputError(f"{tokenizer.path}: is not the tokenizer that this model was trained with ({have})")
 
 
 def main() -> None:
@@ -713,6 +729,9 @@ def main() -> None:
         raise InputError(
             f"{args.ckpt}: an official checkpoint holds no config, name one: --config configs.json:refcoco"
         )
+    else:
+        with models.unpacking(args.ckpt):
+            data.check_config(config, args.ckpt)
     if fixed := [pair for pair in args.set if pair.startswith("model.")]:
         raise InputError(f"--set {fixed[0]}: the checkpoint says what the model is")
     data.override_config(config, args.set)
@@ -744,6 +763,8 @@ def join_ranks() -> tuple[int, int, torch.device]:
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)  # bugs of PyTorch: wrong gradients with masks, NaN for one query
     if world > 1:
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise InputError(f"WORLD_SIZE is {world}, but there is no {', '.join(missing)}: start with torchrun")
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return (dist.get_rank() if world > 1 else 0), world, device
@@ -760,7 +781,7 @@ def keep_freed_memory() -> None:
 def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict, rank: int) -> None:
     """Print one table per split, and the same figures as a line of JSON."""
     branch = chosen_branch(args, config)
-    collate, everything = load_collate(config), {}
+    collate, everything = load_collate(config, model), {}
     for split in args.split or config["data"]["eval_splits"]:
         dataset = load_split(config, split)
         workers, amp = config["data"]["workers"], models.AMP[args.amp]
@@ -777,7 +798,7 @@ def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict,
 
 def print_attention(args: argparse.Namespace, model: models.SimVG, config: dict) -> None:
     """The `Shares` of every split as a table, in percent."""
-    decodes, collate = trained_branch(config["train"]) != "token", load_collate(config)
+    decodes, collate = trained_branch(config["train"]) != "token", load_collate(config, model)
     for split in args.split or config["data"]["eval_splits"]:
         dataset = load_split(config, split)
         shares = attention_shares(model, dataset, collate)
@@ -791,6 +812,7 @@ def print_attention(args: argparse.Namespace, model: models.SimVG, config: dict)
 def ground_one(args: argparse.Namespace, model: models.SimVG, config: dict) -> None:
     """Print every box of every phrase with its score, and save a picture."""
     tokenizer = data.Tokenizer(config["data"]["tokenizer"])
+    warnings.formatwarning = lambda message, *_: f"evaluate.py: {message}\n"
     image = data.read_image(args.image)
     scale = torch.tensor([image.shape[2], image.shape[1]] * 2)
     answers: list[dict[str, Tensor]] = [{} for _ in args.text]
@@ -848,8 +870,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--image and --text go together")
     if args.report and (args.image is not None or args.attention):
         parser.error("--report goes with the evaluation of splits")
-    if args.report and not Path(args.report).absolute().parent.is_dir():
-        parser.error(f"--report {args.report}: there is no such folder")
+    if args.save and args.image is None:
+        parser.error("--save goes with --image")
+    for option, file, endings in (("report", args.report, [".html"]), ("save", args.save, [".png", ".jpg", ".jpeg"])):
+        path = Path(file or f"a{endings[0]}").absolute()
+        if path.suffix.lower() not in endings or path.is_dir() or not path.parent.is_dir():
+            parser.error(f"--{option} {file}: expected a file name that ends in {' or '.join(endings)}, in a folder")
     return args
 
 

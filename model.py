@@ -23,6 +23,8 @@ import pickle
 import re
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +37,8 @@ from data import InputError, run
 
 HEADS = 8  # attention heads of TQG and decoder, in every released model
 AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # the values of train.amp
+# `data.Tokenizer.digest` of beit3.spm (the file's own sha256 is 6f5e2fef...), for files that imply BEiT-3's words
+BEIT3_WORDS, BEIT3_TOKENIZER = 64010, "33a8c42624e4c1e48442905d5473f333b86adf81ac151fa426b755400b3df8b0"
 IMAGE_MEAN, IMAGE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB, 0..255
 
 
@@ -109,9 +113,12 @@ class TextGuidedQuery(nn.Module):
         self.query_embed = nn.Embedding(queries, width)
         self.layers = nn.ModuleList(DecoderLayer(width, ffn, dropout) for _ in range(layers))  # D11
         self.norm = nn.LayerNorm(width)
+        self.register_buffer("positions", torch.empty(beit3.TEXT_POSITIONS, width), persistent=False)
+        self.compute_as_released(as_released)
+
+    def compute_as_released(self, as_released: bool) -> None:
         self.as_released = as_released
-        positions = beit3.sine_1d(beit3.TEXT_POSITIONS, width, one_frequency=as_released)
-        self.register_buffer("positions", positions, persistent=False)
+        self.positions.copy_(beit3.sine_1d(*self.positions.shape, one_frequency=as_released))
 
     def forward(self, text: Tensor, text_pad: Tensor) -> Tensor:
         """text (B, L, D), text_pad (B, L) True = padding -> queries (B, Q, C)."""
@@ -210,6 +217,7 @@ class SimVG(nn.Module):
     ):
         super().__init__()
         self.image_size = image_size
+        self.max_tokens = self.tokenizer_digest = None  # of the texts it was trained with, where a file told
         self.encoder = beit3.BEiT3(
             image_size, patch_size, vocab_size, encoder_width, encoder_layers, encoder_heads, encoder_ffn, drop_path
         )
@@ -226,12 +234,7 @@ class SimVG(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGE_STD).view(3, 1, 1), persistent=False)
 
     def forward(
-        self,
-        images: Tensor,
-        tokens: Tensor,
-        text_pad: Tensor,
-        branch: str = "both",
-        amp: torch.dtype | None = None,
+        self, images: Tensor, tokens: Tensor, text_pad: Tensor, branch: str = "both", amp: torch.dtype | None = None
     ) -> Output:
         """Boxes for phrases.
 
@@ -256,13 +259,13 @@ class SimVG(nn.Module):
         """Computed beside the usual path, which never holds an attention map. Arguments as for the model itself."""
         images = self.normalise(images)
         maps = self.encoder.attention_maps(images, tokens, text_pad)  # (layers, B, T, T)
-        N = self.encoder.grid**2
+        first, N = beit3.OBJECT_TOKENS, self.encoder.grid**2
         _, image, text = self.encoder(images, tokens, text_pad)
         queries = self.tqg(text, text_pad)
         logits = self.decoder_branch(image, queries)[0][-1]  # (B, Q, 2)
         return Attention(
-            object_token=maps[:, :, 0, 1 : 1 + N],
-            words=maps[:, :, 1 + N :, 1 : 1 + N],
+            object_token=maps[:, :, :first, first : first + N].mean(2),
+            words=maps[:, :, first + N :, first : first + N],
             queries=self.decoder_branch.attention_maps(image, queries),
             best=(logits[..., 0] - logits[..., 1]).argmax(1),
         )
@@ -297,6 +300,8 @@ def save(path: str | Path, state: dict) -> None:
 
 def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint file as plain tensors, numbers and strings, on the CPU. InputError if it is anything else."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: is not a regular file")
     try:
         # the only foreign objects met in official files: numpy's numbers, such as the best accuracy
         allowed = [np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
@@ -322,6 +327,17 @@ def read_checkpoint(path: str | Path) -> dict:
     return state
 
 
+@contextmanager
+def unpacking(path: str | Path) -> Iterator[None]:
+    """What a checkpoint holds is put to use inside; whatever it makes stumble becomes one line that names the file."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: does not hold what such a checkpoint should hold: {error!r:.200}") from None
+
+
 def load(path: str | Path, device: str | torch.device = "cpu", **model_args) -> SimVG:
     """A SimVG in eval mode from this project's checkpoint or an official SimVG .pth; `model_args` replace
     what the file says, such as `encoder_heads` where heads are not 64 wide.
@@ -337,13 +353,22 @@ def load_with_config(
 ) -> tuple[SimVG, dict | None, str]:
     """`load`, the config that the file carries (an official file carries none), and what was read, in words."""
     state = read_checkpoint(path)
-    found = _simvg_weights(state, path)
-    if not found:
-        raise InputError(f"{path}: is neither a checkpoint of this project nor an official SimVG one")
-    kind, weights, args = found
-    model = SimVG(**{**args, **model_args})
-    load_strictly(model, weights, path)
+    with unpacking(path):
+        found = _simvg_weights(state)
+        if not found:
+            raise InputError(f"{path}: is neither a checkpoint of this project nor an official SimVG one")
+        kind, weights, args = found
+        model = SimVG(**{**args, **model_args})
+        load_strictly(model, weights, path)
+        model.tokenizer_digest = _tokenizer_digest(state, model)
+        model.max_tokens = state["config"]["data"].get("max_tokens") if "config" in state else 20
     return model.to(device).eval(), state.get("config"), kind
+
+
+def _tokenizer_digest(state: dict, model: SimVG) -> str | None:
+    """Of the tokenizer that a checkpoint was trained with. Only old ones of this project leave it open."""
+    official = "config" not in state and model.encoder.text_embed.num_embeddings == BEIT3_WORDS
+    return BEIT3_TOKENIZER if official else state.get("tokenizer")
 
 
 def initialise(model: SimVG, path: str | Path) -> str:
@@ -352,26 +377,34 @@ def initialise(model: SimVG, path: str | Path) -> str:
 
     A BEiT-3 file must fill the whole encoder, a SimVG file everything. Two things may differ: the grid of the image
     positions, which are resized, and the number of queries, which then start anew. Any other misfit is an InputError.
+    Weights that were made for `as_released` make the model compute so, too.
     """
     state, fresh = read_checkpoint(path), model.state_dict()
     grid, patch = model.encoder.grid, model.encoder.patch_embed.kernel_size[0]
     positions, queries = "encoder.image_positions", "tqg.query_embed.weight"
-    if found := _simvg_weights(state, path):
-        kind, weights, _ = found
-        weights[positions] = beit3.resize_positions(weights[positions], grid, extra=1)
-        new, left = set(), ""
-        if weights[queries].shape != fresh[queries].shape:
-            new, left = {queries}, f"; new: {queries}"
-    else:
-        weights, unused = _beit3_weights(state, path, grid, patch)
-        kind = f"BEiT-3 (not used: {', '.join(unused)})"
-        new, left = {name for name in fresh if not name.startswith("encoder.")}, "; new: everything but the encoder"
-    taken = {name: value.float() for name, value in weights.items() if name not in new}
-    load_strictly(model, {**{name: fresh[name] for name in new}, **taken}, path)
+    with unpacking(path):
+        if found := _simvg_weights(state):
+            kind, weights, args = found
+            weights[positions] = beit3.resize_positions(weights[positions], grid, extra=beit3.OBJECT_TOKENS)
+            new, left = set(), ""
+            if weights[queries].shape != fresh[queries].shape:
+                new, left = {queries}, f"; new: {queries}"
+            if args.get("as_released", model.tqg.as_released) != model.tqg.as_released:
+                if model.tqg.as_released:
+                    raise InputError(f"{path}: its weights were not made for model.as_released=true")
+                model.tqg.compute_as_released(True)
+                left += "; model.as_released=true from now on, for which these weights were made"
+        else:
+            weights, unused = _beit3_weights(state, path, grid, patch)
+            kind = f"BEiT-3 (not used: {', '.join(unused)})"
+            new, left = {name for name in fresh if not name.startswith("encoder.")}, "; new: everything but the encoder"
+        taken = {name: value for name, value in weights.items() if name not in new}
+        load_strictly(model, {**{name: fresh[name] for name in new}, **taken}, path)
+    model.tokenizer_digest = _tokenizer_digest(state, model)
     return f"{path}: {kind}, {len(taken)} of {len(fresh)} tensors taken{left}"
 
 
-def _simvg_weights(state: dict, path: str | Path) -> tuple[str, dict[str, Tensor], dict] | None:
+def _simvg_weights(state: dict) -> tuple[str, dict[str, Tensor], dict] | None:
     """(what it is, tensors under this project's names, model arguments) of a SimVG checkpoint, own or official."""
     if {"config", "model", "ema"} <= state.keys():
         averaged = ", averaged weights" if state["ema"] else ""
@@ -381,11 +414,7 @@ def _simvg_weights(state: dict, path: str | Path) -> tuple[str, dict[str, Tensor
     if "head.query_embed.weight" not in official:
         return None
     averaged = ", averaged (EMA) weights" if state.get("ema_state_dict") else ""
-    try:
-        return f"official SimVG checkpoint{averaged}", convert(official), _official_sizes(official)
-    except KeyError as error:
-        reason = f"unknown or missing tensor {error.args[0]}"
-        raise InputError(f"{path}: is not an official SimVG checkpoint: {reason}") from None
+    return f"official SimVG checkpoint{averaged}", convert(official), _official_sizes(official)
 
 
 def _beit3_weights(state: dict, path: str | Path, grid: int, patch: int) -> tuple[dict[str, Tensor], list[str]]:
@@ -395,20 +424,20 @@ def _beit3_weights(state: dict, path: str | Path, grid: int, patch: int) -> tupl
     encoder = {name.removeprefix("beit3."): v for name, v in found.items() if name.startswith("beit3.")}
     if not encoder:
         raise InputError(f"{path}: holds neither SimVG nor BEiT-3 weights")
-    try:
-        weights = beit3.convert(beit3.resize_pretrained(encoder, grid, patch))
-    except KeyError as error:
-        raise InputError(f"{path}: holds a tensor that BEiT-3 does not have: beit3.{error.args[0]}") from None
+    weights = beit3.convert(beit3.resize_pretrained(encoder, grid, patch))
     unused = sorted(name for name in found if not name.startswith("beit3.") or name == f"beit3.{beit3.UNUSED}")
     return {f"encoder.{name}": value for name, value in weights.items()}, unused
 
 
 def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
     """Every tensor of the model is filled from a tensor of the same shape and none is left over, or InputError."""
+    for name, value in weights.items():
+        if not (isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided):
+            raise InputError(f"{path}: {name} must be a tensor of floating point numbers, not {value!r:.60}")
     have = {name: tuple(value.shape) for name, value in weights.items()}
     want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if have != want:
-        name = min(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+        name = min((name for name in have.keys() | want.keys() if have.get(name) != want.get(name)), key=str)
         found, wanted = have.get(name, "missing"), want.get(name, "nothing of that name")
         raise InputError(f"{path}: does not fit the model: {name} is {found} in the file, the model wants {wanted}")
     model.load_state_dict(weights)
@@ -522,13 +551,14 @@ def main() -> None:
         stage(f"encoder layer {i + 1}: image expert", image, layer.image)
         stage("                 text expert", text, layer.text)
     image, text = encoder.image_norm(image), encoder.text_norm(text)
-    stage("object token", image[:, 0], encoder.image_norm)
+    object_token, image = image[:, : beit3.OBJECT_TOKENS].mean(1), image[:, beit3.OBJECT_TOKENS :]
+    stage("object token", object_token, encoder.image_norm)
     stage("text tokens", text, encoder.text_norm)
     queries = tqg(text, pad)
     stage("text-guided queries, Eq. 8", queries, tqg)
-    _, boxes = decoder(image[:, 1:], queries)
+    _, boxes = decoder(image, queries)
     stage("decoder branch, Eq. 2: boxes of each layer", boxes, decoder)
-    logits, boxes = token(image[:, 0], queries)
+    logits, boxes = token(object_token, queries)
     stage("token branch, Eq. 3: boxes", boxes, token)
     stage("              logits: object, no object", logits)
     print(f"{'all':61}{sum(p.numel() for p in model.parameters()):>12,}")

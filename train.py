@@ -14,15 +14,17 @@ if __name__ == "__main__":  # Ctrl-C while torch is being imported; `data.run` s
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import fcntl
 import json
 import os
 import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -55,6 +57,8 @@ class Run:
     ema: dict[str, Tensor]  # averaged weights; empty without train.ema
     branch: str  # "both", "decoder" or "token"
     amp: torch.dtype | None
+    made_with: dict = field(default_factory=dict)  # digests of "tokenizer" and "rows", kept in checkpoints
+    held: TextIO | None = None  # see `hold`
     stopped: list[int] = field(default_factory=list)  # signals received
     skipped_in_a_row: int = 0  # steps that were not finite
     progress: dict = field(
@@ -82,15 +86,20 @@ def main() -> None:
         data.check_files(rows)
     train_set = data.Dataset(rows, config["model"]["image_size"], settings["seed"], data_settings["jitter"])
     splits = {split: evaluate.load_split(config, split) for split in data_settings["eval_splits"]}
-    collate = evaluate.load_collate(config)
+    digest = data.fingerprint([rows, *(split.rows for split in splits.values())])
+    agree(world, (settings, digest, state and state.get("step")))
     run = build(config, out, rank, world, device)
+    run.made_with["rows"] = digest
     if state:
         restore(run, state)
         del state  # a copy of the weights and of the optimiser, on every rank
     elif args.init:
         report = models.initialise(run.model, args.init)
+        config["model"]["as_released"] = run.model.tqg.as_released
         if rank == 0:
             print(report)
+    collate = evaluate.load_collate(config, run.model)
+    run.made_with["tokenizer"] = collate.tokenizer.digest
     if settings["ema"] and not run.ema:
         run.ema |= {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
@@ -101,7 +110,7 @@ def main() -> None:
     per_step = settings["batch_size"] // world // micro  # micro-batches of one rank
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(config, indent=1))  # from here on the folder holds a run
+        run.held = hold(out, json.dumps(config, indent=1))  # from here on the folder holds a run
         announce(run, keys.steps, micro)
     log = Log(run, keys.steps)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -310,7 +319,7 @@ def validate(run: Run, split: str, dataset: data.Dataset, collate: data.Collate,
         _, figures = evaluate_split(run, run.model, split, dataset, collate)
         if (value := selection(figures)) > run.progress["best"]:
             best = {"model": run.model.state_dict(), "ema": {}, "config": run.config, "figures": figures}
-            if save(run, "best.pt", {**best, **run.progress, "best": value}):
+            if save(run, "best.pt", {**best, **run.made_with, **run.progress, "best": value}):
                 run.progress["best"] = value
     log.figures(split, figures)
 
@@ -472,35 +481,68 @@ def micro_batch(batch: int, most: int, world: int) -> int:
 
 
 def found_run(out: Path, config: dict, resume: bool) -> dict | None:
-    """The state to go on from. InputError if the folder holds a run and that was not asked for."""
-    last = out / "last.pt"
-    if not resume:
-        if (out / "config.json").exists():
-            raise InputError(f"{out}: holds a run already; go on with --resume or choose another --out")
-        return None
-    if not last.exists():
+    """The state to go on from. InputError if the folder holds any file of a run that would be replaced."""
+    found = [name for name in ("last.pt", "best.pt", "metrics.jsonl", "config.json") if (out / name).exists()]
+    if found and not resume:
+        raise InputError(f"{out}: holds a run already ({found[0]}); go on with --resume or choose another --out")
+    if found[:1] == ["best.pt"]:
+        raise InputError(f"{out}: holds best.pt but no last.pt to go on from; choose another --out")
+    if found[:1] != ["last.pt"]:
         return None  # killed before its first checkpoint: the same start again
-    state = models.read_checkpoint(last)
-    for section, keys in config.items():
-        for key, value in keys.items():
-            old = state["config"][section].get(key)
-            if old != value and key not in ("workers", "micro_batch", "save_minutes"):  # these may change
-                raise InputError(f"{out}: the run was started with {section}.{key}={old}, it cannot go on with {value}")
+    state = models.read_checkpoint(out / "last.pt")
+    with models.unpacking(out / "last.pt"):
+        config["model"]["as_released"] |= state["config"]["model"]["as_released"]  # taken over at the start
+        for section, keys in config.items():
+            for key, value in keys.items():
+                old = state["config"][section].get(key)
+                if old != value and key not in ("workers", "micro_batch", "save_minutes"):  # these may change
+                    raise InputError(f"{out}: was started with {section}.{key}={old}, cannot go on with {value}")
     return state
+
+
+def hold(out: Path, config: str) -> TextIO:
+    """Write config.json and keep it locked for as long as it stays open: a second run in this folder is refused."""
+    file = open(out / "config.json", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would keep after a kill
+    except OSError as error:
+        if isinstance(error, BlockingIOError):  # else it is a file system without locks
+            raise InputError(f"{out}: another process is training in this folder") from None
+    file.truncate(0)
+    print(config, file=file, end="", flush=True)
+    return file
+
+
+def agree(world: int, mine: object) -> None:
+    """InputError on every rank unless all of them have the same."""
+    ranks = [mine] * world
+    if world > 1:
+        dist.all_gather_object(ranks, mine)
+    if any(theirs != ranks[0] for theirs in ranks):
+        raise InputError("the ranks differ in their rows, last.pt or section train: all must read the same files")
 
 
 def restore(run: Run, state: dict) -> None:
     """Fill everything from last.pt."""
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
-    run.ema |= {name: value.to(run.model.mean.device) for name, value in state["ema"].items()}
-    run.progress |= {name: state[name] for name in run.progress}
+    if state.get("rows", run.made_with["rows"]) != run.made_with["rows"]:
+        raise InputError(f"{run.config['data']['annotations']}: other rows than those that {run.out} was started with")
+    with models.unpacking(run.out / "last.pt"):
+        run.model.tokenizer_digest = state.get("tokenizer")
+        models.load_strictly(run.model, state["model"], run.out / "last.pt")
+        groups = run.optimizer.state_dict()["param_groups"]  # their numbers are those of the config
+        run.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        for p, (_, *moments) in ((p, kept.values()) for p, kept in run.optimizer.state.items()):
+            assert all(moment.shape == p.shape for moment in moments), "a moment of Adam has another shape"
+        run.scaler.load_state_dict(state["scaler"])
+        if run.config["train"]["ema"]:
+            run.ema |= {name: state["ema"][name].to(p).view_as(p) for name, p in run.model.named_parameters()}
+        run.progress |= {name: type(value)(state[name]) for name, value in run.progress.items()}
 
 
 def save_last(run: Run) -> bool:
     parts = {"model": run.model.state_dict(), "ema": run.ema, "optimizer": run.optimizer.state_dict()}
-    return save(run, "last.pt", {**parts, "scaler": run.scaler.state_dict(), "config": run.config, **run.progress})
+    parts |= {"scaler": run.scaler.state_dict(), "config": run.config}
+    return save(run, "last.pt", {**parts, **run.made_with, **run.progress})
 
 
 def save(run: Run, name: str, state: dict) -> bool:
@@ -527,11 +569,16 @@ class Log:
         if run.rank:
             return
         if self.path.exists():  # a killed run may have written rows that its checkpoint knows nothing of
-            rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+            rows = []
+            for line in self.path.read_text(errors="replace").splitlines():
+                with suppress(ValueError):  # a line that a kill or a full disk cut
+                    rows.append(json.loads(line))
             again = run.progress["step_in_epoch"] == steps  # the evaluation of the epoch that just ended comes again
             evaluated = done - 1 if again else done
             self.records = [row for row in rows if row["step"] <= (done if row["split"] == "train" else evaluated)]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.records))
+        part = Path(f"{self.path}.part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in self.records))
+        part.replace(self.path)
 
     def step(self, terms: dict[str, Tensor], waited: float, seconds: float) -> None:
         run, progress = self.run, self.run.progress
@@ -542,7 +589,7 @@ class Log:
         if progress["step"] % LOG_EVERY:
             return
         means = losses.global_sum(torch.stack([value.float() for value in self.sums.values()])) / self.steps / run.world
-        row = {"split": "train", "epoch": progress["epoch"], "step": progress["step"]}
+        row = {"split": "train", "epoch": progress["epoch"] + 1, "step": progress["step"]}
         row |= {name: round(value, 6) for name, value in zip(self.sums, means.tolist(), strict=True)}
         row |= {"lr_encoder": run.optimizer.param_groups[0]["lr"], "lr": run.optimizer.param_groups[1]["lr"]}
         row |= {"samples_per_s": round(self.steps * run.config["train"]["batch_size"] / self.seconds, 1)}
@@ -566,11 +613,14 @@ class Log:
     def write(self, row: dict) -> None:
         if self.run.rank == 0:
             self.records.append(row)
+            end = self.path.stat().st_size if self.path.exists() else 0
             try:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(row) + "\n")
             except OSError as error:
                 tqdm.write(f"train.py: {self.path}: {error.strerror}", file=sys.stderr)
+                with suppress(OSError):
+                    os.truncate(self.path, end)  # no half line, which the next one would join
 
 
 if __name__ == "__main__":

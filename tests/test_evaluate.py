@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 
 import data
 import evaluate
+import model as models
 from conftest import program, tiny_model
 
 
@@ -160,3 +162,112 @@ def test_a_result_that_is_sent_to_other_ranks_does_not_carry_its_whole_batch():
     logits, boxes, mask = torch.zeros(64, 1, 2), torch.full((64, 1, 4), 0.5), torch.ones(64, 1, dtype=torch.bool)
     results = evaluate.judge(logits, boxes, boxes, mask, 100)
     assert len(pickle.dumps(results)) / 64 < 1000
+
+
+# ---- nothing silently wrong
+
+
+def evaluated(shapes, monkeypatch, *arguments: str) -> None:
+    """evaluate.py in this process."""
+    monkeypatch.chdir(shapes)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--ckpt", "runs/trained/best.pt", *arguments])
+    evaluate.main()
+
+
+PHOTO = ("--image", "data/shapes/images/val_00000.jpg", "--text", "the red circle")
+
+
+@pytest.mark.parametrize("use", [(), PHOTO, ("--attention",), (*PHOTO, "--attention")], ids=str)
+def test_a_tokenizer_of_another_set_is_refused_in_whatever_way_a_checkpoint_is_used(use, shapes, trained, monkeypatch):
+    with pytest.raises(data.InputError, match="shapes-grec/shapes.spm: is not the tokenizer that this model"):
+        evaluated(shapes, monkeypatch, *use, "--set", "data.tokenizer=data/shapes-grec/shapes.spm")
+
+
+def test_grounding_refuses_a_tokenizer_that_is_not_the_checkpoint_s(shapes, trained):
+    model, image = models.load(trained / "best.pt"), torch.zeros(3, 8, 8, dtype=torch.uint8)
+    evaluate.ground(model, image, ["the red circle"], data.Tokenizer(shapes / "data/shapes/shapes.spm"))
+    with pytest.raises(data.InputError, match="is not the tokenizer"):
+        evaluate.ground(model, image, ["the red circle"], data.Tokenizer(shapes / "data/shapes-grec/shapes.spm"))
+
+
+def test_a_checkpoint_without_a_digest_works_with_every_tokenizer_as_before(shapes, trained, tmp_path):
+    state = models.read_checkpoint(trained / "best.pt")
+    assert state.pop("tokenizer") == data.Tokenizer(shapes / "data/shapes/shapes.spm").digest
+    models.save(tmp_path / "old.pt", state)
+    model = models.load(tmp_path / "old.pt")
+    image, tokenizer = torch.zeros(3, 8, 8, dtype=torch.uint8), data.Tokenizer(shapes / "data/shapes-grec/shapes.spm")
+    assert len(evaluate.ground(model, image, ["the red circle"], tokenizer)) == 1
+
+
+LONG_PHRASE = "the red circle left of the blue ring above the green star and the cross"
+
+
+def test_grounding_cuts_a_phrase_where_the_training_did_and_warns_of_it(shapes, trained):
+    model, tokenizer = models.load(trained / "best.pt"), data.Tokenizer(shapes / "data/shapes/shapes.spm")
+    image = torch.randint(0, 256, (3, 80, 200), dtype=torch.uint8)
+    with pytest.warns(UserWarning, match="was cut") as said:
+        ((own, _),) = evaluate.ground(model, image, [LONG_PHRASE], tokenizer)
+        ((ten, _),) = evaluate.ground(model, image, [LONG_PHRASE], tokenizer, max_tokens=10)
+    assert model.max_tokens == 10 and torch.equal(own, ten)
+    assert all("\n" not in str(each.message) for each in said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ((long, _),) = evaluate.ground(model, image, [LONG_PHRASE], tokenizer, max_tokens=60)
+    assert not torch.equal(own, long)
+
+
+def test_the_command_line_says_in_one_line_where_a_phrase_was_cut(shapes, trained, tmp_path):
+    done = program(
+        *("evaluate.py", "--ckpt", "runs/trained/best.pt", *PHOTO[:3], LONG_PHRASE, "--save", str(tmp_path / "a.png")),
+        cwd=shapes,
+    )
+    assert done.stderr.startswith("evaluate.py: 'the red circle left of") and done.stderr.count("\n") == 1
+
+
+def test_grounding_takes_no_image_of_other_numbers_and_no_text_for_a_list_of_phrases(shapes):
+    tokenizer, pixels = data.Tokenizer(shapes / "data/shapes/shapes.spm"), torch.zeros(3, 8, 8, dtype=torch.uint8)
+    for image in (torch.rand(3, 8, 8), torch.zeros(8, 8, dtype=torch.uint8), pixels[None]):
+        with pytest.raises(data.InputError, match=r"\(3, H, W\) uint8"):
+            evaluate.ground(tiny_model(), image, ["the red circle"], tokenizer)
+    with pytest.raises(data.InputError, match="a list of phrases"):
+        evaluate.ground(tiny_model(), pixels, "the red circle", tokenizer)
+
+
+def test_a_kind_named_like_a_number_of_targets_keeps_a_line_of_its_own():
+    found = [{"token": result(c)} for c in (True, False, True)]
+    kinds = evaluate.by_kind(found, [row(1, "one target"), row(1, "b"), row(0, "one target")])
+    assert kinds["'one target'"] == {"n": 2, "token": 1.0} and kinds["one target"] == {"n": 2, "token": 0.5}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--save a.xyz",
+        "--save .",
+        "--save a",
+        "--save nowhere/a.png",
+        "--report a.png",
+        "--report .",
+        "--report no/a.html",
+    ],
+)
+def test_a_file_that_could_not_be_written_is_refused_before_the_work(option, shapes, trained, monkeypatch, capsys):
+    monkeypatch.setattr(models, "read_checkpoint", None)  # no work has begun
+    with pytest.raises(SystemExit, match="2"):
+        evaluated(shapes, monkeypatch, *option.split(), *(PHOTO if "save" in option else ()))
+    assert f"error: {option}: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("use", [[], ["--attention", "--split", "test"]])
+def test_a_picture_that_nothing_would_be_drawn_to_is_refused(use, shapes, trained, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluated(shapes, monkeypatch, *use, "--save", "a.png")
+    assert "--save goes with --image" in capsys.readouterr().err
+
+
+def test_world_size_without_the_other_variables_of_torchrun_is_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(data.InputError, match="WORLD_SIZE is 2, but there is no RANK, MASTER_ADDR, MASTER_PORT"):
+        evaluate.join_ranks()

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_model import mutated
 from test_train import EXACT, last, rows
 
 import data
 import evaluate
 import model as models
 import train
-from conftest import SMALL_RUN, command_line, environment, signals_kept, start, tiny_model
+from conftest import ROOT, SMALL_RUN, TINY, command_line, environment, signals_kept, start, tiny_model
 
 LONG = ["train.epochs=12", "train.batch_size=4", "train.save_minutes=0.005"]
 
@@ -288,3 +290,193 @@ def test_a_resumed_run_does_not_keep_the_state_that_it_read(shapes, monkeypatch)
     monkeypatch.setattr(train, "report_best", lambda *_: alive.append(alive[0]()))
     start(shapes, "lean", "--resume", "train.epochs=1")
     assert alive[-1] is None
+
+
+# ---- one folder, one run
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "last.pt", "best.pt"])
+def test_a_folder_that_holds_any_file_of_a_run_is_a_run_and_nothing_in_it_is_replaced(name, shapes, trained):
+    out = shapes / "runs" / f"only-{name}"
+    out.mkdir()
+    shutil.copy(trained / name, out / name)
+    before = (out / name).read_bytes()
+    with pytest.raises(data.InputError, match=f"holds a run already .{name}."):
+        start(shapes, out.name)
+    with pytest.raises(data.InputError, match="holds a run already"):
+        start(shapes, out.name, "--init", str(trained / "best.pt"))
+    assert [path.name for path in out.iterdir()] == [name] and (out / name).read_bytes() == before
+
+
+def test_where_last_pt_is_gone_a_resumed_run_does_not_replace_best_pt(shapes, trained):
+    out = shapes / "runs" / "nolast"
+    shutil.copytree(trained, out)
+    (out / "last.pt").unlink()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(data.InputError, match="holds best.pt but no last.pt"):
+        start(shapes, "nolast", "--resume")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_run_whose_config_json_is_gone_goes_on(shapes, trained):
+    shutil.copytree(trained, shapes / "runs" / "noconfig")
+    (shapes / "runs" / "noconfig" / "config.json").unlink()
+    start(shapes, "noconfig", "--resume")
+    assert (shapes / "runs" / "noconfig" / "config.json").read_bytes() == (trained / "config.json").read_bytes()
+
+
+def test_a_second_run_in_one_folder_is_refused_and_a_killed_one_leaves_it_free_at_once(shapes):
+    line = ["train.py", "--config", "configs.json:shapes", "--out", "runs/twice", "--resume", "--set", *SMALL_RUN]
+    command = command_line(*line, "train.epochs=1000", *LONG[1:], "data.workers=2")
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    first = subprocess.Popen(command, cwd=shapes, env=environment(), **streams)
+    children(first, shapes, "twice")  # so that it is under way
+    second = subprocess.Popen(command, cwd=shapes, env=environment(), **streams)
+    errors = second.communicate(timeout=120)[1]
+    assert first.poll() is None and second.returncode == 2
+    assert errors == "train.py: runs/twice: another process is training in this folder\n"
+    first.kill()
+    first.wait(60)
+    third = subprocess.Popen(command, cwd=shapes, env=environment(), **streams)
+    before = last(shapes, "twice")["step"]
+    deadline = time.monotonic() + 60
+    while last(shapes, "twice")["step"] == before and third.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    third.terminate()
+    assert "--resume goes on" in third.communicate(timeout=60)[1]
+
+
+def test_cut_and_joined_lines_of_metrics_are_left_out_and_the_run_goes_on(shapes):
+    short = ["train.batch_size=4", "train.epochs=1"]
+    start(shapes, "cut", *short)
+    path = shapes / "runs" / "cut" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    assert len(lines) > 2
+    path.write_text(lines[0] + "\n" + lines[1][:30] + lines[1] + "\n\0\0\n" + lines[2][:20])
+    start(shapes, "cut", *short, "--resume")
+    assert rows(shapes, "cut")[0] == json.loads(lines[0])  # every line is whole
+    assert [row["split"] for row in rows(shapes, "cut")][-2:] == ["val", "test"]
+
+
+def test_a_line_that_a_full_disk_cuts_is_taken_back(shapes):
+    command = command_line("train.py", "--config", "configs.json:shapes", "--out", "runs/fulllog")
+    limit = 2300  # bytes: config.json and some lines of metrics.jsonl
+    done = subprocess.run(
+        [*command, "--set", *SMALL_RUN, "train.batch_size=2", "train.epochs=2"],
+        **{"cwd": shapes, "env": environment(), "capture_output": True, "text": True, "timeout": 300},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert "metrics.jsonl: File too large" in done.stderr
+    assert len(rows(shapes, "fulllog")) > 1  # each of them whole
+
+
+def test_training_rows_and_evaluations_count_epochs_alike_from_1(shapes):
+    start(shapes, "epochs", "train.batch_size=4", "train.epochs=2")
+    found = rows(shapes, "epochs")
+    assert {row["epoch"] for row in found if row["split"] == "train"} == {1, 2}
+    assert [row["epoch"] for row in found if row.get("weights") == "last"] == [1, 2]
+
+
+# ---- checkpoints, rows and ranks that do not belong together
+
+
+def test_a_best_pt_under_the_name_of_last_pt_is_one_line(shapes, trained):
+    shutil.copytree(trained, shapes / "runs" / "nolonger")
+    shutil.copy(trained / "best.pt", shapes / "runs" / "nolonger" / "last.pt")
+    with pytest.raises(data.InputError, match=r"last.pt: does not hold what .*'optimizer'"):
+        start(shapes, "nolonger", "--resume")
+
+
+def test_a_last_pt_of_a_wrong_inside_is_one_line_whatever_is_wrong(shapes, trained, tmp_path):
+    whole, rng, refused = models.read_checkpoint(trained / "last.pt"), random.Random(1), 0
+    for _ in range(100):
+        models.save(tmp_path / "last.pt", mutated(whole, rng))
+        config = data.load_config(f"{ROOT}/configs.json:shapes", SMALL_RUN)
+        run = train.build(config, tmp_path, 0, 1, torch.device("cpu"))
+        run.made_with = {"rows": whole["rows"]}
+        try:
+            train.restore(run, train.found_run(tmp_path, config, True))
+            terms = {p: torch.zeros_like(p) for p in run.model.parameters()}
+            for p, gradient in terms.items():
+                p.grad = gradient
+            run.optimizer.step()
+        except data.InputError as error:
+            refused += 1
+            assert str(tmp_path) in str(error) or "other rows" in str(error)
+    assert refused > 50
+
+
+def own_rows(shapes: Path, folder: Path, first: int, count: int) -> list[str]:
+    """Rows of the shapes set as one's own in a folder, and the settings for them."""
+    folder.mkdir(exist_ok=True)
+    lines = (shapes / "data/shapes/train.jsonl").read_text().splitlines()
+    for split in ("train", "val"):
+        (folder / f"mine-{split}.jsonl").write_text("\n".join(lines[first : first + count]))
+    data_folder = f"{shapes}/data/shapes"
+    return [
+        *("data.annotations=mine-{split}.jsonl", 'data.eval_splits=["val"]', "train.epochs=1"),
+        *(f"data.images={data_folder}/images", f"data.tokenizer={data_folder}/shapes.spm"),
+    ]
+
+
+def test_a_run_does_not_go_on_with_other_rows(shapes):
+    settings = own_rows(shapes, shapes, 0, 32)
+    start(shapes, "minerows", *settings)
+    start(shapes, "minerows", *settings, "--resume")
+    own_rows(shapes, shapes, 1, 32)
+    with pytest.raises(data.InputError, match="other rows than those that runs/minerows was started with"):
+        start(shapes, "minerows", *settings, "--resume")
+
+
+@pytest.mark.parametrize("count", [32, 60])
+def test_ranks_that_read_other_rows_end_at_once_with_a_line_each(count, shapes, tmp_path):
+    ranks, port = [], 20000 + (os.getpid() + count) % 20000
+    for rank in range(2):
+        settings = own_rows(shapes, tmp_path / str(rank), rank, count if rank else 32)
+        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = command_line("train.py", "--config", f"{ROOT}/configs.json:shapes", "--out", f"{tmp_path}/run")
+        command += ["--set", *SMALL_RUN, *settings]
+        where = {"cwd": tmp_path / str(rank), "env": {**environment(), **variables, "LOCAL_RANK": str(rank)}}
+        ranks.append(subprocess.Popen(command, **where, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in ranks:
+            errors = process.communicate(timeout=60)[1]
+            assert process.returncode == 2 and "the ranks differ in their rows" in errors, errors
+            assert "Traceback" not in errors
+    finally:
+        for process in ranks:
+            process.kill()
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_tokenizer_are_neither_a_start_nor_gone_on_with(shapes, trained):
+    other = shapes / "data" / "other.spm"
+    shutil.copy(shapes / "data/shapes-grec/shapes.spm", other)
+    with pytest.raises(data.InputError, match="other.spm: is not the tokenizer that this model was trained with"):
+        start(shapes, "othertokens", "--init", str(trained / "best.pt"), f"data.tokenizer={other}")
+    assert not (shapes / "runs" / "othertokens").exists()
+    start(shapes, "othertokens", f"data.tokenizer={other}", "train.epochs=1")
+    shutil.copy(shapes / "data/shapes/shapes.spm", other)
+    with pytest.raises(data.InputError, match="is not the tokenizer"):
+        start(shapes, "othertokens", f"data.tokenizer={other}", "train.epochs=1", "--resume")
+
+
+def test_a_run_from_weights_made_for_the_released_arithmetic_computes_so_to_its_end(shapes, tmp_path, capsys):
+    config = {"model": {**TINY, "as_released": True}, "data": {}, "train": {}}
+    released = {"model": tiny_model(as_released=True).state_dict(), "ema": {}, "config": config}
+    models.save(tmp_path / "released.pt", released)
+    again = ["--init", str(tmp_path / "released.pt"), "train.epochs=1"]
+    start(shapes, "released", *again)
+    assert "tensors taken; model.as_released=true" in capsys.readouterr().out
+    assert models.load(shapes / "runs" / "released" / "best.pt").tqg.as_released
+    assert json.loads((shapes / "runs" / "released" / "config.json").read_text())["model"]["as_released"]
+    start(shapes, "released", *again, "--resume")
+    assert last(shapes, "released")["config"]["model"]["as_released"]
+
+
+def test_a_checkpoint_from_before_it_told_its_rows_and_tokenizer_goes_on(shapes, trained):
+    shutil.copytree(trained, shapes / "runs" / "old")
+    state = last(shapes, "old")
+    models.save(shapes / "runs" / "old" / "last.pt", {k: v for k, v in state.items() if k not in ("tokenizer", "rows")})
+    start(shapes, "old", "--resume")
+    assert same_weights(shapes, "old", "trained") and last(shapes, "old").keys() >= {"model", "optimizer"}

@@ -4,13 +4,16 @@ import copy
 import errno
 import os
 import pickle
+import random
+import signal
 
 import pytest
 import torch
 
+import beit3
 import data
 import model as models
-from conftest import TINY, golden, official_model, official_state, tiny_inputs, tiny_model
+from conftest import ROOT, TINY, golden, official_model, official_state, tiny_inputs, tiny_model
 
 
 def test_each_branch_can_be_asked_for_alone_and_answers_the_same():
@@ -190,3 +193,139 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_that_names_it(kind,
         models.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert "this code ran" not in capsys.readouterr().out
+
+
+# ---- what the weights were made with
+
+
+def official_file(path, words: int | None = None) -> str:
+    """An official SimVG .pth, with a vocabulary of so many words."""
+    state, name = official_state(), "vis_enc.beit3.text_embed.weight"
+    if words:
+        state[name] = torch.zeros(words, state[name].shape[1])
+    torch.save({"state_dict": state}, path)
+    return str(path)
+
+
+def official_sized(**changes) -> models.SimVG:
+    """A new model of the tiny official one's sizes."""
+    found = models._official_sizes(official_state()) | {"encoder_heads": 4}
+    return models.SimVG(**(found | changes)).eval()
+
+
+def test_weights_made_for_the_released_arithmetic_are_trained_with_it_and_that_is_said(tmp_path):
+    path, inputs = official_file(tmp_path / "official.pth"), tiny_inputs()
+    loaded = models.load(path, encoder_heads=4)
+    model = official_sized(as_released=False)
+    assert "model.as_released=true" in models.initialise(model, path)
+    images = torch.zeros(3, 3, loaded.image_size, loaded.image_size, dtype=torch.uint8)
+    tokens = inputs[1].clamp(max=loaded.encoder.text_embed.num_embeddings - 1)
+    with torch.no_grad():
+        a, b = (each(images, tokens, inputs[2]) for each in (model, loaded))
+    assert torch.equal(a.token_boxes, b.token_boxes) and torch.equal(a.decoder_boxes, b.decoder_boxes)
+
+
+def test_weights_made_for_the_paper_s_arithmetic_are_refused_where_the_released_one_is_set(tmp_path):
+    models.save(tmp_path / "a.pt", checkpoint(tiny_model()))
+    with pytest.raises(data.InputError, match="not made for model.as_released=true"):
+        models.initialise(tiny_model(as_released=True), tmp_path / "a.pt")
+
+
+def test_official_files_imply_beit3_s_tokenizer_and_own_ones_tell_theirs(tmp_path):
+    loaded = models.load(official_file(tmp_path / "a.pth", models.BEIT3_WORDS), encoder_heads=4)
+    assert (loaded.tokenizer_digest, loaded.max_tokens) == (models.BEIT3_TOKENIZER, 20)
+    assert models.load(official_file(tmp_path / "b.pth"), encoder_heads=4).tokenizer_digest is None
+    own = checkpoint(tiny_model())
+    own["config"]["data"]["max_tokens"] = 7
+    models.save(tmp_path / "c.pt", own | {"tokenizer": "abc"})
+    models.save(tmp_path / "old.pt", checkpoint(tiny_model()))
+    found = [models.load(tmp_path / name) for name in ("c.pt", "old.pt")]
+    assert [(each.tokenizer_digest, each.max_tokens) for each in found] == [("abc", 7), (None, None)]
+
+
+def test_the_known_digest_is_that_of_beit3_s_tokenizer():
+    path = ROOT / "data" / "beit3.spm"
+    if not path.exists():
+        pytest.skip("needs data/beit3.spm, which is not part of the project")
+    assert data.Tokenizer(path).digest == models.BEIT3_TOKENIZER
+
+
+def test_a_reader_who_makes_the_object_token_two_gets_the_same_answer_from_each_branch_alone(monkeypatch, capsys):
+    monkeypatch.setattr(beit3, "OBJECT_TOKENS", 2)
+    model, inputs = tiny_model(), tiny_inputs()
+    assert model.encoder.object_token.shape == (1, 2, 32)
+    torch.nn.init.normal_(model.encoder.object_token)
+    with torch.no_grad():
+        both, alone = model(*inputs), model(*inputs, branch="token")
+        torch.testing.assert_close(both.token_boxes, alone.token_boxes)
+        torch.nn.init.normal_(model.encoder.object_token[0, 1])
+        assert (model(*inputs, branch="token").token_boxes - alone.token_boxes).abs().max() > 1e-6
+    assert model.attention_maps(*inputs).object_token.shape == (2, 3, 16)
+    models.main()
+    assert "object token" in capsys.readouterr().out
+
+
+# ---- files of a wrong inside
+
+
+JUNK = ("x", None, 3, -1, 0.5, True, [], {}, [1, 2], {"a": 1}, torch.zeros(2), torch.zeros((), dtype=torch.int64))
+
+
+def mutated(state: dict, rng: random.Random) -> dict:
+    """A copy with one value, at any depth, replaced, taken out or put under another name."""
+    state = copy.deepcopy(state)
+    place = state
+    while True:
+        key = rng.choice(list(place))
+        if not isinstance(place[key], dict) or not place[key] or rng.random() < 0.2:
+            break
+        place = place[key]
+    value, change = place.pop(key), rng.randrange(4)
+    if change == 1:
+        place[rng.choice(("other", 5, None))] = value
+    elif change > 1:
+        place[key] = rng.choice(JUNK)
+    return state
+
+
+@pytest.mark.parametrize("kind", ["own", "official", "beit3"])
+def test_a_checkpoint_of_a_wrong_inside_is_one_line_whatever_is_wrong(kind, tmp_path):
+    rng, path = random.Random(kind), tmp_path / "x.pt"
+    whole = {"own": checkpoint(tiny_model()), "official": {"state_dict": official_state()}}.get(kind)
+    if kind == "beit3":
+        names = {n.removeprefix("vis_enc."): v for n, v in official_state().items() if n.startswith("vis_enc.")}
+        whole = {"model": names}
+    refused = 0
+    for _ in range(100):
+        torch.save(mutated(whole, rng), path)
+        model = tiny_model() if kind == "own" else official_sized()
+        heads = {} if kind == "own" else {"encoder_heads": 4}
+        for load in (True, False):
+            try:
+                models.load(path, **heads) if load else models.initialise(model, path)
+            except data.InputError as error:
+                refused += 1
+                assert str(path) in str(error) and "\n" not in str(error)
+    assert refused > 50
+
+
+def test_weights_that_are_no_tensors_of_floating_point_numbers_are_named(tmp_path):
+    for wrong in ("text", torch.zeros(128, 32, dtype=torch.int64), torch.zeros(3, 3).to_sparse()):
+        state = checkpoint(tiny_model())
+        state["model"]["token_branch.mlp.weight"] = wrong
+        torch.save(state, tmp_path / "x.pt")
+        with pytest.raises(data.InputError, match="token_branch.mlp.weight must be a tensor of floating point"):
+            models.load(tmp_path / "x.pt")
+
+
+def test_a_pipe_or_a_device_is_no_checkpoint_and_nothing_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waited for 20 seconds"))
+    signal.alarm(20)
+    try:
+        for path in (tmp_path / "pipe.pt", "/dev/zero"):
+            with pytest.raises(data.InputError, match="is not a regular file"):
+                models.read_checkpoint(path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
