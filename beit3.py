@@ -55,11 +55,16 @@ class MultiwayLayer(nn.Module):
         self.heads = heads
 
     def forward(
-        self, image: Tensor, text: Tensor, readable: Tensor, keep: Tensor | None = None, object_only: bool = False
+        self,
+        image: Tensor,
+        text: Tensor,
+        attn_mask: Tensor,
+        path_scale: Tensor | None = None,
+        object_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """image (B, 1+N, D), text (B, L, D), readable (B, 1, 1, T) bool -> the updated image and text.
+        """image (B, 1+N, D), text (B, L, D), attn_mask (B, 1, 1, T) bool -> the updated image and text.
 
-        `keep` (2, B, 1, 1) scales what attention and feed-forward add, see `BEiT3.keep_factors`. With `object_only` the
+        `path_scale` (2, B, 1, 1) scales what attention and feed-forward add, see `BEiT3.path_scales`. With `object_only` the
         patches are still read, but of the image only the object token is updated and returned: (B, 1, D).
         """
         h_image, h_text = self.image.attn_norm(image), self.text.attn_norm(text)
@@ -68,31 +73,31 @@ class MultiwayLayer(nn.Module):
         if object_only:
             image, h_image = image[:, :OBJECT_TOKENS], h_image[:, :OBJECT_TOKENS]  # (B, 1, D)
         q = self._join(self.image.q(h_image), self.text.q(h_text))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=readable)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         attended = attended.transpose(1, 2).flatten(2)  # (B, T, D); with object_only (B, 1+L, D)
         a_image, a_text = attended.split([image.shape[1], text.shape[1]], dim=1)
 
-        image = _add(image, self.image.attention_output(a_image), keep, 0)
-        text = _add(text, self.text.attention_output(a_text), keep, 0)
-        image = _add(image, self.image.feed_forward(image), keep, 1)
-        text = _add(text, self.text.feed_forward(text), keep, 1)
+        image = _add(image, self.image.attention_output(a_image), path_scale, 0)
+        text = _add(text, self.text.attention_output(a_text), path_scale, 0)
+        image = _add(image, self.image.feed_forward(image), path_scale, 1)
+        text = _add(text, self.text.feed_forward(text), path_scale, 1)
         return image, text
 
-    def attention_map(self, image: Tensor, text: Tensor, readable: Tensor) -> Tensor:
+    def attention_map(self, image: Tensor, text: Tensor, attn_mask: Tensor) -> Tensor:
         """Where each token looks in this layer, for pictures: (B, T, T), rows add up to 1, the mean of the heads."""
         h_image, h_text = self.image.attn_norm(image), self.text.attn_norm(text)
         q = self._join(self.image.q(h_image), self.text.q(h_text))  # (B, H, T, D/H)
         k = self._join(self.image.k(h_image), self.text.k(h_text))
         scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5  # (B, H, T, T)
-        return scores.masked_fill(~readable, -torch.inf).softmax(-1).mean(1)
+        return scores.masked_fill(~attn_mask, -torch.inf).softmax(-1).mean(1)
 
     def _join(self, image: Tensor, text: Tensor) -> Tensor:
         joined = torch.cat([image, text], dim=1)  # (B, T, D)
         return joined.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
 
 
-def _add(x: Tensor, change: Tensor, keep: Tensor | None, half: int) -> Tensor:
-    return x + change if keep is None else x + keep[half] * change
+def _add(x: Tensor, change: Tensor, path_scale: Tensor | None, half: int) -> Tensor:
+    return x + change if path_scale is None else x + path_scale[half] * change
 
 
 class BEiT3(nn.Module):
@@ -136,12 +141,12 @@ class BEiT3(nn.Module):
         self, images: Tensor, tokens: Tensor, text_pad: Tensor, object_only: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See the head of this file. With `object_only` the image tokens come back empty, (B, 0, D)."""
-        image, text, readable = self.embed(images, tokens, text_pad)
-        keep = self.keep_factors(images.shape[0])
+        image, text, attn_mask = self.embed(images, tokens, text_pad)
+        path_scales = self.path_scales(images.shape[0])
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
-            layer_keep = None if keep is None else keep[i]
-            inputs = image, text, readable, layer_keep, object_only and last
+            scale = None if path_scales is None else path_scales[i]
+            inputs = image, text, attn_mask, scale, object_only and last
             if self.checkpointing and torch.is_grad_enabled():
                 image, text = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -150,26 +155,26 @@ class BEiT3(nn.Module):
         return image[:, :OBJECT_TOKENS].mean(1), image[:, OBJECT_TOKENS:], text
 
     def embed(self, images: Tensor, tokens: Tensor, text_pad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Eq. 1: image (B, 1+N, D), text (B, L, D), and readable (B, 1, 1, T), which is False for padding."""
+        """Eq. 1: image (B, 1+N, D), text (B, L, D), and attn_mask (B, 1, 1, T), which is False for padding."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
         # flattened: for one example DDP would warn of its gradient's strides
         object_token = self.object_token.flatten().view(OBJECT_TOKENS, -1).expand(images.shape[0], -1, -1)  # (B, 1, D)
         image = torch.cat([object_token, patches], dim=1) + self.image_positions
         text = self.text_embed(tokens) + self.text_positions[: tokens.shape[1]]  # (B, L, D)
         text = text.masked_fill(text_pad[..., None], 0)
-        readable = F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, T)
-        return image, text, readable
+        attn_mask = F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, T)
+        return image, text, attn_mask
 
     def attention_maps(self, images: Tensor, tokens: Tensor, text_pad: Tensor) -> Tensor:
         """Where each token looks in every layer, for pictures: (layers, B, T, T), padding included."""
-        image, text, readable = self.embed(images, tokens, text_pad)
+        image, text, attn_mask = self.embed(images, tokens, text_pad)
         maps = []
         for layer in self.layers:
-            maps.append(layer.attention_map(image, text, readable))
-            image, text = layer(image, text, readable)
+            maps.append(layer.attention_map(image, text, attn_mask))
+            image, text = layer(image, text, attn_mask)
         return torch.stack(maps)
 
-    def keep_factors(self, batch: int) -> Tensor | None:
+    def path_scales(self, batch: int) -> Tensor | None:
         """Drop path. In training (layers, 2, B, 1, 1): 0 for the samples whose residual branch is skipped, else
         1 / the probability of keeping it. Drawn here and not in the layers, since torch.compile would compile each
         layer anew for a rate of its own."""

@@ -34,7 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -249,24 +249,19 @@ def _check(value: object, allowed: type | tuple) -> tuple[bool, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One referred object (or set of objects) of one image, with every expression that names it."""
+class Example:
+    """One expression and what it means in one image."""
 
     image: str  # path of the file
-    choices: tuple[tuple[str, tuple[Box, ...]], ...]  # (expression, its boxes); no box = no target
+    expression: str
+    boxes: tuple[Box, ...]  # none = no target
     size: tuple[int, int] | None  # width, height, where the annotation states them
     kind: str  # a label to report accuracy by, may be empty
     where: str  # "file:line", for messages
 
-    @property
-    def expression(self) -> str:
-        """The only one, after `expand`."""
-        return self.choices[0][0]
 
-    @property
-    def boxes(self) -> tuple[Box, ...]:
-        """Its boxes, xywh pixels."""
-        return self.choices[0][1]
+# One referred object (or set of objects) of one image, with every expression that names it. A training epoch draws one.
+Row = tuple[Example, ...]
 
 
 def read_rows(settings: dict, split: str) -> list[Row]:
@@ -349,13 +344,14 @@ def _row(row: object, where: str, settings: dict) -> Row:
     if size == (None, None):
         size = None
     check_size(size, where)
-    choices = []
+    path, examples = _image_path(image, source, settings, where), []
     for expression, own in zip(expressions, boxes, strict=True):
         check_expression(expression, where)
         for box in own:
             check_box(box, size, where)
-        choices.append((expression, tuple(tuple(map(float, box)) for box in own)))
-    return Row(_image_path(image, source, settings, where), tuple(choices), size, str(kind), where)
+        boxes_xywh = tuple(tuple(map(float, box)) for box in own)
+        examples.append(Example(path, expression, boxes_xywh, size, str(kind), where))
+    return tuple(examples)
 
 
 def _boxes_of_each(boxes: object, expressions: int, where: str) -> list:
@@ -447,25 +443,25 @@ def check_files(rows: Sequence[Row]) -> None:
 
 def image_faults(rows: Sequence[Row], depth: str) -> list[InputError]:
     """What is wrong with images, one fault each at most, looking at "names", at "headers" or at all "pixels"."""
-    by_image: dict[str, list[Row]] = {}
-    for row in rows:
-        by_image.setdefault(row.image, []).append(row)
+    by_image: dict[str, list[Example]] = {}
+    for example in expand(rows):
+        by_image.setdefault(example.image, []).append(example)
 
-    def fault(group: list[Row]) -> InputError | None:
+    def fault(group: list[Example]) -> InputError | None:
         try:
             if not os.path.isfile(group[0].image):
                 return InputError(f"{group[0].where}: there is no image {group[0].image}")
             if depth == "names":
                 return None
-            for row in {row.size: row for row in group}.values():  # a row for each size that is stated
-                with open_image(row.image, row.size, row.where) as file:
+            for each in {each.size: each for each in reversed(group)}.values():  # the first of each size that is stated
+                with open_image(each.image, each.size, each.where) as file:
                     upright = upright_size(file)
                 if depth == "pixels":
-                    read_image(row.image, row.size, row.where)
-            for row in group:
-                if row.size is None:  # else its boxes were checked when it was read
-                    for box in (box for _, boxes in row.choices for box in boxes):
-                        check_box(box, upright, row.where)
+                    read_image(each.image, each.size, each.where)
+            for each in group:
+                if each.size is None:  # else its boxes were checked when it was read
+                    for box in each.boxes:
+                        check_box(box, upright, each.where)
         except InputError as error:
             return error
         return None
@@ -475,16 +471,18 @@ def image_faults(rows: Sequence[Row], depth: str) -> list[InputError]:
         return [error for error in found if error]
 
 
-def expand(rows: Sequence[Row]) -> list[Row]:
-    """One row per expression, in order: what evaluation walks through."""
-    return [replace(row, choices=(choice,)) for row in rows for choice in row.choices]
+def expand(rows: Sequence[Row]) -> list[Example]:
+    """Every expression, in order: what evaluation walks through."""
+    return list(chain.from_iterable(rows))
 
 
 def fingerprint(splits: Sequence[Sequence[Row]]) -> str:
     """The same for the same rows in the same order, on every machine and wherever the images lie."""
     digest = hashlib.sha256()
     for row in chain(*splits):
-        digest.update(repr((os.path.basename(row.image), row.choices, row.size)).encode())
+        for each in row:
+            digest.update(repr((os.path.basename(each.image), each.expression, each.boxes, each.size)).encode())
+        digest.update(b"\n")
     return digest.hexdigest()
 
 
@@ -640,20 +638,24 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def examples(self) -> list[Example]:
+        return expand(self.rows)
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, str, Tensor, int]:
         """(image (3, S, S) uint8, expression, boxes (n, 4) cxcywh in 0..1, index)."""
         epoch, index = key
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         row = self.rows[index]
-        expression, xywh = row.choices[rng.randrange(len(row.choices))]
-        image = read_image(row.image, row.size, row.where)
+        example = row[rng.randrange(len(row))]
+        image = read_image(example.image, example.size, example.where)
         height, width = image.shape[1:]
-        boxes = clip_boxes(xywh, width, height)  # (n, 4) xyxy
+        boxes = clip_boxes(example.boxes, width, height)  # (n, 4) xyxy
         if self.jitter:
             image, boxes = large_scale_jitter(image, boxes, self.jitter, self.image_size, rng)
             height, width = image.shape[1:]
         boxes = box_convert(boxes, "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
-        return resize(image, self.image_size, self.image_size), expression, boxes.float(), index
+        return resize(image, self.image_size, self.image_size), example.expression, boxes.float(), index
 
 
 def clip_boxes(xywh: Sequence[Box], width: int, height: int) -> Tensor:
@@ -728,7 +730,7 @@ def batches(dataset: Dataset, collate: Collate, keys: Sequence, workers: int, pi
         raise InputError("a loader process was killed: out of memory or of /dev/shm? lower data.workers") from None
 
 
-class StepKeys:
+class MicroBatchSampler:
     """The keys of one rank's micro-batches, step after step, epoch after epoch, from (epoch, step) on (D12).
 
     Each epoch walks through a permutation of all rows; its last batch is filled up from the permutation's start.
@@ -793,14 +795,14 @@ def check_picture(path: str) -> None:
 def show(config: dict, split: str, number: int, path: str) -> None:
     """A page of examples of a split: each as it is on disk, then as training (train) or evaluation gets it."""
     tokenizer = Tokenizer(config["data"]["tokenizer"])
-    rows = expand(read_rows(config["data"], split))
+    rows = [(example,) for example in expand(read_rows(config["data"], split))]
     rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), min(number, len(rows))))]
     check_files(rows)
     dataset = Dataset(
         rows, config["model"]["image_size"], jitter=config["data"]["jitter"] if split == "train" else None
     )
     pictures = []
-    for i, row in enumerate(tqdm(rows, desc="drawing", disable=None, leave=False)):
+    for i, (row,) in enumerate(tqdm(rows, desc="drawing", disable=None, leave=False)):
         image = read_image(row.image, row.size, row.where)
         height, width = image.shape[1:]
         boxes = clip_boxes(row.boxes, width, height) / torch.tensor([width, height, width, height])
@@ -835,16 +837,14 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
                 rows.append(row)
         faults += image_faults(rows, "pixels" if decode else "names")
         count = table[split] = dict.fromkeys(CHECKED, 0)
-        count |= {"rows": len(rows), "images": len({row.image for row in rows}), "faults": len(faults) - before}
-        for row in expand(rows):
-            choice = row.choices[0]
-            expression, boxes = choice
+        count |= {"rows": len(rows), "images": len({row[0].image for row in rows}), "faults": len(faults) - before}
+        for each in expand(rows):
             count["expressions"] += 1
-            count[("- without a target", "- with one", "- with several")[min(len(boxes), 2)]] += 1
-            count["- repeated for the same boxes"] += (row.image, choice) in seen
-            count["- too long, so cut"] += tokenizer.seen(expression, settings["max_tokens"])[1]
-            count["- with a box over the image's edge"] += any(_over_the_edge(box, row.size) for box in boxes)
-            seen.add((row.image, choice))
+            count[("- without a target", "- with one", "- with several")[min(len(each.boxes), 2)]] += 1
+            count["- repeated for the same boxes"] += (each.image, each.expression, each.boxes) in seen
+            count["- too long, so cut"] += tokenizer.seen(each.expression, settings["max_tokens"])[1]
+            count["- with a box over the image's edge"] += any(_over_the_edge(box, each.size) for box in each.boxes)
+            seen.add((each.image, each.expression, each.boxes))
     print(f"{'':36}" + "".join(f"{split:>12}" for split in splits))
     for name in CHECKED:
         print(f"{name:36}" + "".join(f"{table[split][name]:>12,}" for split in splits))
@@ -867,7 +867,7 @@ def _over_the_edge(box: Box, size: tuple[int, int] | None) -> bool:
 # ------------------------------------------------------------------------------------- other annotation layouts
 
 
-class Named(NamedTuple):
+class ForeignExpression(NamedTuple):
     """One expression of a foreign file."""
 
     split: str
@@ -914,7 +914,7 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
     folder = Path(to).parent
     if "{split}" not in Path(to).name:
         raise InputError(f"--to {to}: expected {{split}} in the name, such as data/annotations/refcoco/{{split}}.jsonl")
-    splits: dict[str, dict[Hashable, list[Named]]] = {}  # the expressions of each row of each split
+    splits: dict[str, dict[Hashable, list[ForeignExpression]]] = {}  # the expressions of each row of each split
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for named in chain.from_iterable(map(read_foreign, map(Path, sources))):
@@ -948,7 +948,9 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
         print(f"image names start inside {shared}, the folder that all share")
 
 
-def _own_row(together: Sequence[Named], shared: str = "") -> dict:  # in whose folder the name of the image starts
+def _own_row(
+    together: Sequence[ForeignExpression], shared: str = ""
+) -> dict:  # in whose folder the name of the image starts
     first = together[0]
     boxes = [named.boxes for named in together]
     image = os.path.relpath(first.image, shared) if shared and isinstance(first.image, str) else first.image
@@ -975,7 +977,7 @@ def _print_counts(counts: dict[str, Counter], published: dict[str, tuple], to: s
         print(to.replace("{split}", split))
 
 
-def read_foreign(path: Path) -> Iterator[Named]:
+def read_foreign(path: Path) -> Iterator[ForeignExpression]:
     """Every expression of a file of any known layout, checked; the layout is told by name and content.
 
     refer's refs(*).p and gRefCOCO's grefs(*).json (with instances.json beside them), MDETR's finetune_*.json, TransVG's
@@ -999,8 +1001,8 @@ def read_foreign(path: Path) -> Iterator[Named]:
             raise InputError(f"{where}: is no row of this layout: {error!r:.150}") from None
 
 
-def _layout(path: Path) -> tuple[Sequence | Iterator, Callable[[str, Any], list[Named]]]:
-    """((where, item) pairs, what makes Named of one) of a foreign file."""
+def _layout(path: Path) -> tuple[Sequence | Iterator, Callable[[str, Any], list[ForeignExpression]]]:
+    """((where, item) pairs, what makes ForeignExpression of one) of a foreign file."""
     if path.suffix == ".jsonl":
         return json_lines(path), partial(_flat, _split_of(path))
     content = _load_pickle(path) if path.suffix in (".p", ".pth") else read_json(path)
@@ -1088,7 +1090,7 @@ def _coco(path: Path, content: object) -> COCO:
     return coco
 
 
-def _refer(coco: COCO, seen: set, where: str, ref: dict) -> list[Named]:
+def _refer(coco: COCO, seen: set, where: str, ref: dict) -> list[ForeignExpression]:
     """refer's refs and gRefCOCO's, with the images and boxes of the instances.json in the same folder."""
     if ref["ref_id"] in seen:
         raise InputError(f"{where}: ref_id {brief(ref['ref_id'])} repeats")
@@ -1099,13 +1101,13 @@ def _refer(coco: COCO, seen: set, where: str, ref: dict) -> list[Named]:
     key = ref["image_id"] if "no_target" in ref else ref["ref_id"]  # gRefCOCO trains image by image
     letters = re.fullmatch("test([A-C]{2,})", ref["split"])  # in refclef a ref can be in several splits
     return [
-        Named(split, key, image["file_name"], sentence["sent"], boxes, (image["width"], image["height"]))
+        ForeignExpression(split, key, image["file_name"], sentence["sent"], boxes, (image["width"], image["height"]))
         for split in ([f"test{letter}" for letter in letters[1]] if letters else [ref["split"]])
         for sentence in ref["sentences"]
     ]
 
 
-def _mdetr(coco: COCO, split: str, where: str, image: dict) -> list[Named]:
+def _mdetr(coco: COCO, split: str, where: str, image: dict) -> list[ForeignExpression]:
     """MDETR's finetune_*.json, one image entry per expression; gRefCOCO's marks the empty ones and trains by image."""
     targets = coco.imgToAnns[image["id"]]
     if not targets:
@@ -1116,33 +1118,33 @@ def _mdetr(coco: COCO, split: str, where: str, image: dict) -> list[Named]:
         key = key, targets[0].get("original_id", targets[0]["id"])
     size = image["width"], image["height"]
     texts = image.get("expressions") or [image["caption"]]
-    return [Named(split, key, image["file_name"], text, boxes, size) for text in texts]
+    return [ForeignExpression(split, key, image["file_name"], text, boxes, size) for text in texts]
 
 
-def _transvg(split: str, where: str, row: tuple) -> list[Named]:
+def _transvg(split: str, where: str, row: tuple) -> list[ForeignExpression]:
     """TransVG's tuples: file, [object,] box, phrase, ...; boxes are xywh for COCO's images, xyxy for the others."""
     key, box, text = row[1:4] if len(row) > 3 else (where, *row[1:])
     box = [float(v) for v in box]
-    return [Named(split, key, row[0], text, [box if row[0].startswith("COCO") else _xywh(box)], None)]
+    return [ForeignExpression(split, key, row[0], text, [box if row[0].startswith("COCO") else _xywh(box)], None)]
 
 
-def _seqtr(where: str, item: tuple) -> list[Named]:
+def _seqtr(where: str, item: tuple) -> list[ForeignExpression]:
     """SeqTR's instances.json, which also loads as it is; its images are numbers, as in the patterns of data.images."""
     split, row = item
     size, source = (row["width"], row["height"]), row.get("data_source")
     return [
-        Named(split, where, row["image_id"], text, boxes, size, source)
+        ForeignExpression(split, where, row["image_id"], text, boxes, size, source)
         for text, boxes in zip(row["expressions"], _official_boxes(row, where), strict=True)
     ]
 
 
-def _flat(split: str, where: str, row: dict) -> list[Named]:
+def _flat(split: str, where: str, row: dict) -> list[ForeignExpression]:
     """One box and one expression a row (ReCLIP: one object and its sentences)."""
     size = (row["width"], row["height"]) if "width" in row else None
     if {"anns", "sentences"} <= row.keys():
         by_id = {target["id"]: target["bbox"] for target in row["anns"]}
         boxes = [by_id[i] for i in (row["ann_id"] if isinstance(row["ann_id"], list) else [row["ann_id"]])]
-        return [Named(split, where, row["file_name"], s["sent"], boxes, size) for s in row["sentences"]]
+        return [ForeignExpression(split, where, row["file_name"], s["sent"], boxes, size) for s in row["sentences"]]
     layout = next((layout for layout in FLAT if row.keys() >= set(layout[:3])), None)
     if layout is None:
         raise InputError(f"{where}: has the keys {', '.join(row):.200}, which is no known layout")
@@ -1151,7 +1153,7 @@ def _flat(split: str, where: str, row: dict) -> list[Named]:
     boxes = [] if boxes is None else boxes if boxes_key == "boxes_xyxy" else [boxes]
     if form == "xyxy":
         boxes = [_xywh(box) for box in boxes]
-    return [Named(split, (image, str(boxes)), image, text, boxes, size)]
+    return [ForeignExpression(split, (image, str(boxes)), image, text, boxes, size)]
 
 
 def _xywh(box: Sequence[float]) -> list[float]:

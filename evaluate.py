@@ -85,7 +85,7 @@ class Result(NamedTuple):
     boxes: Tensor  # (n, 4) xyxy in 0..1
 
 
-def judge(logits: Tensor, boxes: Tensor, truth: Tensor, truth_mask: Tensor, size: int) -> list[Result]:
+def score_answers(logits: Tensor, boxes: Tensor, truth: Tensor, truth_mask: Tensor, size: int) -> list[Result]:
     """logits (B, Q, 2), boxes (B, Q, 4), truth (B, M, 4), truth_mask (B, M) -> B results, compared at `size` pixels."""
     logits, boxes, truth, truth_mask = (x.cpu() for x in (logits, boxes, truth, truth_mask))  # all at once
     scores = logits.float().softmax(-1)[..., 0]  # (B, Q)
@@ -110,7 +110,7 @@ def judge(logits: Tensor, boxes: Tensor, truth: Tensor, truth_mask: Tensor, size
 
 
 @torch.inference_mode()
-def evaluate(
+def evaluate_dataset(
     model: models.SimVG,
     dataset: data.Dataset,
     collate: data.Collate,
@@ -126,7 +126,7 @@ def evaluate(
     Where the GPU's memory does not hold `batch_size` examples, it goes on with half of it. `after_batch` may raise.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device, training = model.mean.device, model.training
+    device, training = model.device, model.training
     model.eval()
     mine = range(rank, len(dataset), world)
     results: dict[int, dict[str, Result]] = {}
@@ -137,7 +137,7 @@ def evaluate(
                 for batch in data.batches(
                     dataset, collate, in_batches(left, batch_size), workers, pin=device.type == "cuda"
                 ):
-                    results |= judge_batch(model, batch.to(device), branch, amp)
+                    results |= evaluate_batch(model, batch.to(device), branch, amp)
                     bar.update(len(batch.index))
                     after_batch()
             except torch.OutOfMemoryError:
@@ -158,61 +158,61 @@ def in_batches(examples: Sequence[int], size: int) -> list[list[tuple[int, int]]
     return [[(0, i) for i in examples[start : start + size]] for start in range(0, len(examples), size)]
 
 
-def judge_batch(
+def evaluate_batch(
     model: models.SimVG, batch: data.Batch, branch: str, amp: torch.dtype | None
 ) -> dict[int, dict[str, Result]]:
     """{example: {branch: Result}} of one batch."""
     output = model(batch.images, batch.tokens, batch.text_pad, branch, amp)
     branches = {
-        name: judge(*answer, batch.boxes, batch.box_mask, model.image_size) for name, answer in output.answers().items()
+        name: score_answers(*answer, batch.boxes, batch.box_mask, model.image_size)
+        for name, answer in output.answers().items()
     }
     return {index: {name: results[i] for name, results in branches.items()} for i, index in enumerate(batch.index)}
 
 
-def summary(results: Sequence[dict[str, Result]], rows: Sequence[data.Row], grec: bool) -> dict[str, float]:
+def summary(results: Sequence[dict[str, Result]], examples: Sequence[data.Example], grec: bool) -> dict[str, float]:
     """The figures of a split: n, {branch}_acc, or n, n_none, {branch}_f1, {branch}_nacc for gREC."""
-    none = [not row.boxes for row in rows]
-    figures: dict[str, float] = {"n": len(rows)}
+    none = [not example.boxes for example in examples]
+    figures: dict[str, float] = {"n": len(examples)}
     if grec:
         figures["n_none"] = sum(none)
     for branch in results[0]:
         correct = [result[branch].correct for result in results]
-        figures[f"{branch}_{'f1' if grec else 'acc'}"] = sum(correct) / len(rows)
+        figures[f"{branch}_{'f1' if grec else 'acc'}"] = sum(correct) / len(examples)
         if grec and any(none):
             figures[f"{branch}_nacc"] = sum(c for c, n in zip(correct, none, strict=True) if n) / sum(none)
     return figures
 
 
-def by_kind(results: Sequence[dict[str, Result]], rows: Sequence[data.Row]) -> dict[str, dict[str, float]]:
-    """kind -> {"n", branch: share of correct answers}: by the rows' `kind` and by their number of targets."""
+def by_kind(results: Sequence[dict[str, Result]], examples: Sequence[data.Example]) -> dict[str, dict[str, float]]:
+    """kind -> {"n", branch: share of correct answers}: by their `kind` and by their number of targets."""
     kinds: dict[str, list] = {}
-    for result, row in zip(results, rows, strict=True):
-        own = repr(row.kind) if row.kind in COUNTS else row.kind  # quoted, so that two groups stay two
-        for kind in filter(None, (own, COUNTS[min(len(row.boxes), 2)])):
+    for result, example in zip(results, examples, strict=True):
+        own = repr(example.kind) if example.kind in COUNTS else example.kind  # quoted, so that two groups stay two
+        for kind in filter(None, (own, COUNTS[min(len(example.boxes), 2)])):
             kinds.setdefault(kind, []).append(result)
     if len(kinds) < 2:
         return {}
     return {
         kind: {"n": len(group)} | {branch: sum(r[branch].correct for r in group) / len(group) for branch in group[0]}
         for kind, group in sorted(kinds.items())
-        if len(group) < len(rows)
+        if len(group) < len(examples)
     }
 
 
-def mean_box_accuracy(train: Sequence[data.Row], rows: Sequence[data.Row]) -> float | None:
-    """Acc@0.5 of always answering the mean box of the training rows: what a model that ignores its input gets."""
+def mean_box_accuracy(train: Sequence[data.Example], examples: Sequence[data.Example]) -> float | None:
+    """Acc@0.5 of always answering the mean box of the training examples: what a model that ignores its input gets."""
 
-    def boxes(some: Sequence[data.Row]) -> Tensor:  # (n, 4) cxcywh in 0..1
-        scaled = [
-            [v / s for v, s in zip(box, (*row.size, *row.size), strict=True)] for row in some for box in row.boxes[:1]
-        ]
+    def boxes(some: Sequence[data.Example]) -> Tensor:  # (n, 4) cxcywh in 0..1
+        sized = [(box, each.size) for each in some for box in each.boxes[:1]]
+        scaled = [[x / width, y / height, w / width, h / height] for (x, y, w, h), (width, height) in sized]
         return box_convert(torch.tensor(scaled).reshape(-1, 4), "xywh", "cxcywh")
 
-    if any(row.size is None for row in (*train, *rows)):
+    if any(each.size is None for each in (*train, *examples)):
         return None
     # as if all images were 1000 pixels wide and high
-    mean, truth = (box_convert(x, "cxcywh", "xyxy") for x in (boxes(train).mean(0, keepdim=True), boxes(rows)))
-    return rec_correct(mean.expand_as(truth) * 1000, truth * 1000).sum().item() / len(rows)
+    mean, truth = (box_convert(x, "cxcywh", "xyxy") for x in (boxes(train).mean(0, keepdim=True), boxes(examples)))
+    return rec_correct(mean.expand_as(truth) * 1000, truth * 1000).sum().item() / len(examples)
 
 
 # --------------------------------------------------------------------------------------------------- one image
@@ -247,7 +247,7 @@ def ground(
         if was_cut:
             warnings.warn(f"{text!r} was cut, the model reads {seen!r}", stacklevel=2)
     height, width = picture.shape[1:]
-    device = model.mean.device
+    device = model.device
     tokens, text_pad = (x.to(device) for x in tokenizer(texts, max_tokens))  # (B, L), B phrases
     resized = data.resize(picture, model.image_size, model.image_size).to(device)
     output = model(resized.expand(len(texts), -1, -1, -1), tokens, text_pad, branch, amp)
@@ -267,19 +267,19 @@ def ground(
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
-def true_boxes(row: data.Row, size: tuple[int, int]) -> Tensor:
+def true_boxes(example: data.Example, size: tuple[int, int]) -> Tensor:
     """(m, 4) xyxy in 0..1; `size` (width, height) of the image."""
-    return (data.clip_boxes(row.boxes, *size) / torch.tensor([*size, *size])).float()
+    return (data.clip_boxes(example.boxes, *size) / torch.tensor([*size, *size])).float()
 
 
-def draw_page(rows: Sequence[data.Row], results: Sequence[dict[str, Result]], path: Path) -> None:
+def draw_page(examples: Sequence[data.Example], results: Sequence[dict[str, Result]], path: Path) -> None:
     """A page of examples: the true boxes and each branch's answer."""
     tiles = []
-    for row, result in zip(rows, results, strict=True):
-        image = data.read_image(row.image, row.size, row.where)
-        shown = {"truth": true_boxes(row, (image.shape[2], image.shape[1]))}
+    for example, result in zip(examples, results, strict=True):
+        image = data.read_image(example.image, example.size, example.where)
+        shown = {"truth": true_boxes(example, (image.shape[2], image.shape[1]))}
         shown |= {branch: answer.boxes[: answer.answered] for branch, answer in result.items()}
-        tiles.append(data.draw(image, shown, row.expression))
+        tiles.append(data.draw(image, shown, example.expression))
     data.tile(tiles, path, columns=4)
 
 
@@ -340,8 +340,8 @@ def coverage(boxes: Tensor, grid: int) -> Tensor:
 def attention_shares(model: models.SimVG, dataset: data.Dataset, collate: data.Collate) -> Shares:
     """Over the first SHARES_OF examples that have a target; in gREC the query with the best score is looked at.
     InputError if there is none."""
-    device, sums = model.mean.device, []
-    having = [i for i, row in enumerate(dataset.rows) if row.boxes][:SHARES_OF]
+    device, sums = model.device, []
+    having = [i for i, example in enumerate(dataset.examples) if example.boxes][:SHARES_OF]
     if not having:
         raise InputError("--attention: no expression of this split has a target")
     for batch in data.batches(dataset, collate, in_batches(having, 50), workers=0):
@@ -350,7 +350,9 @@ def attention_shares(model: models.SimVG, dataset: data.Dataset, collate: data.C
         for i in range(len(batch.index)):
             truth = box_convert(batch.boxes[i, batch.box_mask[i]], "cxcywh", "xyxy")
             inside = coverage(truth.cpu(), model.encoder.grid)  # (N,)
-            looks = torch.cat([maps.object_token[:, i], maps.queries[:, i, maps.best[i]]]).cpu()  # (layers + K, N)
+            looks = torch.cat(
+                [maps.object_token[:, i], maps.queries[:, i, maps.best_query[i]]]
+            ).cpu()  # (layers + K, N)
             sums.append(torch.cat([inside.mean()[None], (looks * inside).sum(1) / looks.sum(1)]))
     area, *shares = torch.stack(sums).mean(0).split([1, len(maps.object_token), len(maps.queries)])
     return Shares(len(having), area.item(), *shares)
@@ -363,11 +365,11 @@ def draw_attention(
     """A row of pictures for each phrase: where the object token, the decoder's best query and each word look in the
     last layers (the decoder's means nothing in a checkpoint whose decoder was never trained)."""
     resized = data.resize(image, model.image_size, model.image_size).expand(len(texts), -1, -1, -1)
-    maps = model.attention_maps(*(x.to(model.mean.device) for x in (resized, *tokenizer(texts, max_tokens))))
+    maps = model.attention_maps(*(x.to(model.device) for x in (resized, *tokenizer(texts, max_tokens))))
     tiles = []
     for i, text in enumerate(texts):
         words = tokenizer.pieces(text, max_tokens)
-        looks = {"object token": maps.object_token[-1, i], "decoder query": maps.queries[-1, i, maps.best[i]]}
+        looks = {"object token": maps.object_token[-1, i], "decoder query": maps.queries[-1, i, maps.best_query[i]]}
         looks |= {f"{j}: {word}": maps.words[-1, i, j + 1] for j, word in enumerate(words)}  # + 1: after <s>
         heats = [draw_heat(image, look.cpu(), f"{name} ({text})") for name, look in looks.items()]
         tiles.append([data.draw(image, {}, text), *heats])
@@ -394,15 +396,15 @@ STEPS = 20  # thresholds of a gREC curve
 def report(
     path: str, title: str, splits: dict[str, tuple[Sequence[data.Row], Sequence[dict[str, Result]]]], grec: bool
 ) -> None:
-    """One HTML file that needs nothing else. `splits`: name -> its rows and their results."""
+    """One HTML file that needs nothing else. `splits`: name -> its examples and their results."""
     content = {"title": title, "splits": list(splits), "rows": [], "pictures": {}, "curves": {}}
-    for number, (split, (rows, results)) in enumerate(splits.items()):
-        sizes = [row.size or size_on_disk(row.image) for row in rows]
-        truths = [true_boxes(row, size) for row, size in zip(rows, sizes, strict=True)]
+    for number, (split, (examples, results)) in enumerate(splits.items()):
+        sizes = [example.size or size_on_disk(example.image) for example in examples]
+        truths = [true_boxes(example, size) for example, size in zip(examples, sizes, strict=True)]
         for i in tqdm(pictured(results), desc="pictures of the report", disable=None, leave=False):
-            content["pictures"][rows[i].image] = thumbnail(rows[i])
-        for row, result, (width, height), truth in zip(rows, results, sizes, truths, strict=True):
-            shown = report_row(row, result, truth if grec else truth[:1])  # in REC the first one counts
+            content["pictures"][examples[i].image] = thumbnail(examples[i])
+        for example, result, (width, height), truth in zip(examples, results, sizes, truths, strict=True):
+            shown = report_row(example, result, truth if grec else truth[:1])  # in REC the first one counts
             content["rows"].append({"split": number, "aspect": round(width / height, 4), **shown})
         if grec:
             branches = {branch: [result[branch] for result in results] for branch in results[0]}
@@ -612,9 +614,9 @@ def pictured(results: Sequence[dict[str, Result]]) -> set[int]:
     return {group[k * len(group) // PICTURES] for group in (wrong, right) if group for k in range(PICTURES)}
 
 
-def thumbnail(row: data.Row) -> str:
+def thumbnail(example: data.Example) -> str:
     """The image as a small JPEG in a data address."""
-    picture, file = to_pil_image(data.read_image(row.image, row.size, row.where)), io.BytesIO()
+    picture, file = to_pil_image(data.read_image(example.image, example.size, example.where)), io.BytesIO()
     picture.thumbnail((256, 256))
     picture.save(file, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
@@ -627,7 +629,7 @@ def size_on_disk(path: str) -> tuple[int, int]:
         return data.upright_size(file)
 
 
-def report_row(row: data.Row, result: dict[str, Result], truth: Tensor) -> dict:
+def report_row(example: data.Example, result: dict[str, Result], truth: Tensor) -> dict:
     """What the page shows of one expression with the true boxes (m, 4); boxes in thousandths of the image."""
     branches = {}
     for branch, answer in result.items():
@@ -643,10 +645,10 @@ def report_row(row: data.Row, result: dict[str, Result], truth: Tensor) -> dict:
             "boxes": (1000 * boxes).round().int().tolist(),
         }
     return {
-        "text": row.expression,
-        "kind": row.kind,
-        "image": row.image,
-        "where": row.where,
+        "text": example.expression,
+        "kind": example.kind,
+        "image": example.image,
+        "where": example.where,
         "truth": (1000 * truth).round().int().tolist(),
         "branches": branches,
     }
@@ -698,7 +700,7 @@ def trained_branch(settings: dict) -> str:
 
 
 def load_split(config: dict, split: str) -> data.Dataset:
-    rows = data.expand(data.read_rows(config["data"], split))
+    rows = [(example,) for example in data.expand(data.read_rows(config["data"], split))]
     if not dist.is_initialized() or dist.get_rank() == 0:
         data.check_files(rows)
     return data.Dataset(rows, config["model"]["image_size"])
@@ -785,12 +787,12 @@ def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict,
     for split in args.split or config["data"]["eval_splits"]:
         dataset = load_split(config, split)
         workers, amp = config["data"]["workers"], models.AMP[args.amp]
-        results = evaluate(model, dataset, collate, branch, workers=workers, amp=amp, title=split)
-        figures = summary(results, dataset.rows, config["model"]["queries"] > 1)
+        results = evaluate_dataset(model, dataset, collate, branch, workers=workers, amp=amp, title=split)
+        figures = summary(results, dataset.examples, config["model"]["queries"] > 1)
         if rank == 0:
-            print_table(split, figures, by_kind(results, dataset.rows))
+            print_table(split, figures, by_kind(results, dataset.examples))
             print(json.dumps({"split": split, **figures}))
-            everything[split] = dataset.rows, results
+            everything[split] = dataset.examples, results
     if args.report and rank == 0:
         report(args.report, args.ckpt, everything, config["model"]["queries"] > 1)
         print(f"report: {args.report}")

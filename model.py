@@ -60,14 +60,14 @@ class Output(NamedTuple):
         return answers
 
 
-class Attention(NamedTuple):
+class AttentionMaps(NamedTuple):
     """Where tokens look in the image, for pictures: the part of their attention that falls on each patch. It adds up
     to 1 for queries, to less for the others, which also look at words and at the object token."""
 
     object_token: Tensor  # (layers, B, N) of the encoder
     words: Tensor  # (layers, B, L, N) of the encoder, padding included
     queries: Tensor  # (K, B, Q, N) of the decoder branch
-    best: Tensor  # (B,) the query that is surest of its box
+    best_query: Tensor  # (B,) the query that is surest of its box
 
 
 class DecoderLayer(nn.Module):
@@ -251,11 +251,15 @@ class SimVG(nn.Module):
         direct = self.token_branch(object_token, queries) if branch != "decoder" else (None, None)
         return Output(*decoded, *direct)
 
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
     def normalise(self, images: Tensor) -> Tensor:
         return (images - self.mean) / self.std if images.dtype == torch.uint8 else images
 
     @torch.no_grad()
-    def attention_maps(self, images: Tensor, tokens: Tensor, text_pad: Tensor) -> Attention:
+    def attention_maps(self, images: Tensor, tokens: Tensor, text_pad: Tensor) -> AttentionMaps:
         """Computed beside the usual path, which never holds an attention map. Arguments as for the model itself."""
         images = self.normalise(images)
         maps = self.encoder.attention_maps(images, tokens, text_pad)  # (layers, B, T, T)
@@ -263,11 +267,11 @@ class SimVG(nn.Module):
         _, image, text = self.encoder(images, tokens, text_pad)
         queries = self.tqg(text, text_pad)
         logits = self.decoder_branch(image, queries)[0][-1]  # (B, Q, 2)
-        return Attention(
+        return AttentionMaps(
             object_token=maps[:, :, :first, first : first + N].mean(2),
             words=maps[:, :, first + N :, first : first + N],
             queries=self.decoder_branch.attention_maps(image, queries),
-            best=(logits[..., 0] - logits[..., 1]).argmax(1),
+            best_query=(logits[..., 0] - logits[..., 1]).argmax(1),
         )
 
 
@@ -537,7 +541,7 @@ def main() -> None:
     print(f"{'stage':42} {'shape':18}{'parameters':>12}")
     stage("images", images)
     stage("tokens", tokens)
-    image, text, readable = encoder.embed(model.normalise(images), tokens, pad)
+    image, text, attn_mask = encoder.embed(model.normalise(images), tokens, pad)
     stage(
         "image: object token and patches, Eq. 1",
         image,
@@ -547,7 +551,7 @@ def main() -> None:
     )
     stage("text", text, encoder.text_embed, encoder.text_positions)
     for i, layer in enumerate(encoder.layers):
-        image, text = layer(image, text, readable)
+        image, text = layer(image, text, attn_mask)
         stage(f"encoder layer {i + 1}: image expert", image, layer.image)
         stage("                 text expert", text, layer.text)
     image, text = encoder.image_norm(image), encoder.text_norm(text)

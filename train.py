@@ -105,7 +105,7 @@ def main() -> None:
 
     # 3. the loop
     start = run.progress["epoch"], run.progress["step_in_epoch"]
-    keys = data.StepKeys(len(rows), settings, micro, start, rank, world)
+    keys = data.MicroBatchSampler(len(rows), settings, micro, start, rank, world)
     stream = data.batches(train_set, collate, keys, data_settings["workers"], pin=device.type == "cuda")
     per_step = settings["batch_size"] // world // micro  # micro-batches of one rank
     if rank == 0:
@@ -163,7 +163,7 @@ def announce(run: Run, steps: int, micro: int) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
         f"{run.out}: steps {run.progress['step']} to {settings['epochs'] * steps} of {settings['batch_size']} examples "
-        f"({micro} at a time), {run.world} rank(s) on {model.mean.device.type}, {settings['amp'] or 'fp32'}, "
+        f"({micro} at a time), {run.world} rank(s) on {model.device.type}, {settings['amp'] or 'fp32'}, "
         f"{trained:,} parameters, branch {run.branch}, about {expected_memory(run, micro) / 1e9:.1f} GB of tensors",
         file=sys.stderr,
     )
@@ -189,7 +189,7 @@ def expected_memory(run: Run, micro: int) -> float:
 
 def train_epoch(run: Run, stream: Iterator, per_step: int, steps: int, log: "Log", rows: Sequence[data.Row]) -> None:
     """From the current step to the end of the epoch, or to a signal."""
-    settings, progress, device = run.config["train"], run.progress, run.model.mean.device
+    settings, progress, device = run.config["train"], run.progress, run.model.device
     saved = time.monotonic()
     run.model.train()
     while progress["step_in_epoch"] < steps:
@@ -257,7 +257,7 @@ def report_skipped(
     run.skipped_in_a_row += 1
     if run.scaler.is_enabled() and terms["total"].isfinite() and run.skipped_in_a_row < PATIENCE:
         return  # the loss scale of fp16 was too high and is being halved
-    faulty = [rows[i].where for batch in micro_batches for i in not_finite(run, batch)]
+    faulty = [rows[i][0].where for batch in micro_batches for i in not_finite(run, batch)]
     largest = sorted(terms.items(), key=lambda item: item[1].abs().nan_to_num(torch.inf, torch.inf), reverse=True)
     said = f"step {run.progress['step']} skipped, rank {run.rank}: " + ", ".join(f"{n} {v:.3g}" for n, v in largest[:3])
     if faulty:
@@ -326,16 +326,16 @@ def validate(run: Run, split: str, dataset: data.Dataset, collate: data.Collate,
 
 def report_best(run: Run, rows: Sequence[data.Row], splits: dict, collate: data.Collate, log: "Log") -> None:
     """Evaluate best.pt on every split: a table each, and pictures of the last split."""
-    model = models.load(run.out / "best.pt", run.model.mean.device)
+    model = models.load(run.out / "best.pt", run.model.device)
     for split, dataset in splits.items():
         results, figures = evaluate_split(run, model, split, dataset, collate)
         log.figures(split, figures, weights="best")
         if run.rank == 0:
             grec = run.config["model"]["queries"] > 1
-            baseline = None if grec else evaluate.mean_box_accuracy(rows, dataset.rows)
-            evaluate.print_table(split, figures, evaluate.by_kind(results, dataset.rows), baseline)
+            baseline = None if grec else evaluate.mean_box_accuracy([row[0] for row in rows], dataset.examples)
+            evaluate.print_table(split, figures, evaluate.by_kind(results, dataset.examples), baseline)
     if run.rank == 0:
-        evaluate.draw_page(dataset.rows[:16], results[:16], run.out / "samples.png")  # of the last split
+        evaluate.draw_page(dataset.examples[:16], results[:16], run.out / "samples.png")  # of the last split
         evaluate.draw_curves(log.records, run.out / "curves.png")
         print(f"weights: {run.out}/best.pt   pictures: {run.out}/samples.png {run.out}/curves.png")
 
@@ -352,8 +352,8 @@ def evaluate_split(
             sys.exit(128 + run.stopped[0])
 
     options = {"workers": run.config["data"]["workers"], "amp": run.amp, "after_batch": leave_if_stopped}
-    results = evaluate.evaluate(model, dataset, collate, run.branch, title=split, **options)
-    return results, evaluate.summary(results, dataset.rows, run.config["model"]["queries"] > 1)
+    results = evaluate.evaluate_dataset(model, dataset, collate, run.branch, title=split, **options)
+    return results, evaluate.summary(results, dataset.examples, run.config["model"]["queries"] > 1)
 
 
 # ----------------------------------------------------------------------------------------------------- a step

@@ -62,7 +62,7 @@ def plain_layer(
     layer: beit3.MultiwayLayer,
     x: Tensor,
     cut: int,
-    readable: Tensor,
+    attn_mask: Tensor,
     keep: Tensor | tuple,
     attention: Callable,
     gelu: Callable,
@@ -76,7 +76,7 @@ def plain_layer(
     h = each(a.attn_norm, b.attn_norm, x)
     q, k, v = (each(getattr(a, n), getattr(b, n), h) for n in "qkv")
     q, k, v = (t.unflatten(2, (layer.heads, -1)).transpose(1, 2) for t in (q, k, v))
-    attended = attention(q, k, v, attn_mask=readable).transpose(1, 2).flatten(2)
+    attended = attention(q, k, v, attn_mask=attn_mask).transpose(1, 2).flatten(2)
     x = x + keep[0] * each(a.out, b.out, each(a.inner_norm, b.inner_norm, attended))
     h = each(a.fc1, b.fc1, each(a.ffn_norm, b.ffn_norm, x))
     return x + keep[1] * each(a.fc2, b.fc2, each(a.hidden_norm, b.hidden_norm, gelu(h)))
@@ -95,10 +95,10 @@ def plain_encoder(
     image = torch.cat([encoder.object_token.expand(len(images), -1, -1), patches], dim=1) + encoder.image_positions
     text = encoder.text_embed(tokens) + encoder.text_positions[: tokens.shape[1]]
     x = torch.cat([image, text * (1 - text_pad[..., None].float())], dim=1)
-    cut, readable = image.shape[1], F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]
-    keep = encoder.keep_factors(len(images))
+    cut, attn_mask = image.shape[1], F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]
+    keep = encoder.path_scales(len(images))
     for i, layer in enumerate(encoder.layers):
-        x = plain_layer(layer, x, cut, readable, (1.0, 1.0) if keep is None else keep[i], attention, gelu)
+        x = plain_layer(layer, x, cut, attn_mask, (1.0, 1.0) if keep is None else keep[i], attention, gelu)
     image, text = encoder.image_norm(x[:, :cut]), encoder.text_norm(x[:, cut:])
     return image[:, 0], image[:, 1:], text
 
@@ -375,12 +375,14 @@ def end_to_end(table: Table, net: models.SimVG, batch: int, rounds: int) -> None
                 x = random._replace(images=images.to(DEVICE))
                 output = plain_forward(net, *(each[: len(images)] for each in x[:3]), "both", amp)
                 for i in range(len(images)):
-                    evaluate.judge(output[2][i : i + 1], output[3][i : i + 1], x.boxes[:1], x.box_mask[:1], size)
+                    evaluate.score_answers(
+                        output[2][i : i + 1], output[3][i : i + 1], x.boxes[:1], x.box_mask[:1], size
+                    )
 
         nets = {None: net, torch.bfloat16: in_16_bits(net)}
         calls = {f"plain {name}": partial(plain, amp) for name, amp in PRECISIONS.items()}
         for name, amp in PRECISIONS.items():
-            calls[name] = partial(evaluate.evaluate, nets[amp], dataset, collate, "token", batch, workers, amp)
+            calls[name] = partial(evaluate.evaluate_dataset, nets[amp], dataset, collate, "token", batch, workers, amp)
         with torch.inference_mode():
             taken = medians(calls, max(1, rounds // 2))
         work = flops(table.settings, 20, "token")
@@ -561,7 +563,7 @@ class PlainLoader:
     def __getitem__(self, keys: list[tuple[int, int]]) -> Tensor:
         images = []
         for _, index in keys:
-            with Image.open(self.rows[index].image) as file:
+            with Image.open(self.rows[index][0].image) as file:
                 image = file.convert("RGB").resize((self.size, self.size), Image.Resampling.BILINEAR)
             images.append((torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - self.mean) / self.std)
         return torch.stack(images)

@@ -99,8 +99,8 @@ def rows(folder: Path, rng: random.Random) -> None:
     else:
         name, text = "instances.json", as_json(mutated({"train": lines, "val": [official]}, rng), rng)
     (folder / name).write_text(text)
-    for each in data.read_rows({**settings, "annotations": str(folder / name)}, "train"):
-        for box in (box for _, boxes in each.choices for box in boxes):
+    for each in data.expand(data.read_rows({**settings, "annotations": str(folder / name)}, "train")):
+        for box in each.boxes:
             if each.size and max(each.size) < 1e9:
                 clipped = data.clip_boxes([box], *each.size)
                 assert (clipped[:, 2:] > clipped[:, :2]).all(), (box, each.size)

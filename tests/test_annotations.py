@@ -38,7 +38,8 @@ BOX = {number: box for _, number, _, box, _ in OBJECTS}
 def rows_of(folder, name: str, split: str) -> list[tuple]:
     """What is read of a JSON Lines or official file, less where it was read."""
     section = {"annotations": str(folder / name), "images": "root/" + NAME, "sources": {}}
-    return [(row.image, row.choices, row.size) for row in data.read_rows(section, split)]
+    rows = data.read_rows(section, split)
+    return [(row[0].image, tuple((each.expression, each.boxes) for each in row), row[0].size) for row in rows]
 
 
 def expected(split: str, size: bool = True) -> list[tuple]:

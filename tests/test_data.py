@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,10 +144,11 @@ def test_a_row_may_have_one_several_or_no_boxes_and_several_expressions(tmp_path
     lines = [GOOD, {**GOOD, "boxes": []}, {**GOOD, "boxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "source": "vg"}]
     (tmp_path / "rows.jsonl").write_text("\n\n".join(json.dumps(row) for row in lines) + "\n")
     one, none, several = data.read_rows(section(tmp_path), "train")
-    assert one.choices == (("the dog", ((1, 2, 30, 40),)), ("a dog", ((1, 2, 30, 40),)))
-    assert none.choices[0][1] == () and len(several.choices[0][1]) == 2
-    assert several.image == str(tmp_path / "vg" / "a.jpg") and several.where.endswith("rows.jsonl:5")
-    assert [row.choices[0][0] for row in data.expand([one])] == ["the dog", "a dog"]
+    assert [each.expression for each in one] == ["the dog", "a dog"]
+    assert all(each.boxes == ((1, 2, 30, 40),) for each in one)
+    assert none[0].boxes == () and len(several[0].boxes) == 2
+    assert several[0].image == str(tmp_path / "vg" / "a.jpg") and several[0].where.endswith("rows.jsonl:5")
+    assert [each.expression for each in data.expand([one])] == ["the dog", "a dog"]
 
 
 def test_an_official_file_is_read_split_by_split_with_its_image_names(tmp_path):
@@ -154,7 +156,7 @@ def test_an_official_file_is_read_split_by_split_with_its_image_names(tmp_path):
     (tmp_path / "instances.json").write_text(json.dumps({"train": [row], "val": [{**row, "expressions": ["z"]}]}))
     about = section(tmp_path, "instances.json") | {"images": "root/COCO_train2014_{:012d}.jpg"}
     (found,) = data.read_rows(about, "val")
-    assert found.image == "root/COCO_train2014_000000000154.jpg" and found.choices[0][0] == "z"
+    assert found[0].image == "root/COCO_train2014_000000000154.jpg" and found[0].expression == "z"
     with pytest.raises(data.InputError, match="'testA'.*train, val"):
         data.read_rows(about, "testA")
 
@@ -167,7 +169,7 @@ def test_in_the_official_grefcoco_file_each_expression_has_its_own_boxes_or_none
     }
     (tmp_path / "instances.json").write_text(json.dumps({"train": [row]}))
     (found,) = data.read_rows(section(tmp_path, "instances.json") | {"images": "{}.jpg"}, "train")
-    assert [len(boxes) for _, boxes in found.choices] == [2, 0]
+    assert [len(each.boxes) for each in found] == [2, 0]
 
 
 @pytest.mark.parametrize(
@@ -359,7 +361,7 @@ def test_batches_hold_padded_targets_whatever_the_number_of_workers(shapes, work
     keys = [[(0, i) for i in range(s, s + 8)] for s in (0, 8)]
     for batch, expected in zip(data.batches(dataset, collate, keys, workers), keys, strict=True):
         assert batch.index == [i for _, i in expected] and batch.images.dtype == torch.uint8
-        counts = [len(dataset.rows[i].choices[0][1]) for i in batch.index]
+        counts = [len(dataset.rows[i][0].boxes) for i in batch.index]
         assert batch.box_mask.sum(1).tolist() == counts and batch.boxes.shape[1] == max(1, *counts)
         assert (batch.boxes[~batch.box_mask] == 0).all()
 
@@ -367,9 +369,7 @@ def test_batches_hold_padded_targets_whatever_the_number_of_workers(shapes, work
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_in_a_worker_is_still_one_line_that_names_its_row(shapes, workers, tmp_path):
     dataset = shapes_dataset(shapes)
-    dataset.rows[2] = data.Row(
-        str(tmp_path / "gone.jpg"), *(getattr(dataset.rows[2], f) for f in ("choices", "size", "kind", "where"))
-    )
+    dataset.rows[2] = tuple(replace(example, image=str(tmp_path / "gone.jpg")) for example in dataset.rows[2])
     collate = data.Collate(data.Tokenizer(shapes / "data/shapes/shapes.spm"), 10)
     with pytest.raises(data.InputError) as error:
         list(data.batches(dataset, collate, [[(0, 2)]], workers))
@@ -411,15 +411,15 @@ def test_the_splits_share_no_scene_and_every_kind_is_there(shapes):
     seen = {}
     for split in ("train", "val", "test"):
         dataset = shapes_dataset(shapes, split=split)
-        seen[split] = {row.image for row in dataset.rows}
-        assert {row.kind for row in dataset.rows} == set(data.KINDS)
+        seen[split] = {example.image for example in dataset.examples}
+        assert {example.kind for example in dataset.examples} == set(data.KINDS)
         pixels = {data.read_image(image).numpy().tobytes() for image in seen[split]}
         seen[split] = pixels
     assert not seen["train"] & seen["val"] and not seen["train"] & seen["test"] and not seen["val"] & seen["test"]
 
 
 def test_the_grec_set_has_expressions_with_no_one_and_several_targets(shapes):
-    counts = {min(2, len(row.choices[0][1])) for row in shapes_dataset(shapes, "shapes-grec", "val").rows}
+    counts = {min(2, len(each.boxes)) for each in shapes_dataset(shapes, "shapes-grec", "val").examples}
     assert counts == {0, 1, 2}
 
 
@@ -493,7 +493,7 @@ def test_a_setting_out_of_its_bounds_is_refused_in_one_short_line(override, expe
         ({"a": 3}, "'a' must be a fragment"),
         ({"a": [["b"]]}, "['b'] must be a fragment"),
         ({"a": ["b"], "b": {"train": 3}}, "'b' must be a fragment"),
-        ({"a": [], "default": {"train": {}}}, "the fragment default lacks "),
+        ({"a": [], "default": {"train": {}}}, ": the config lacks "),
         ({"a": ["b"], "b": {"train": {"lr": "fast"}}}, "configs.json:b: train.lr must be a number"),
         ({"a": ["b"], "b": {"model": {"lr": 1}}}, "configs.json:b: unknown key 'model.lr'"),
     ],

@@ -14,9 +14,9 @@ import model as models
 from conftest import program, tiny_model
 
 
-def row(boxes: int, kind: str = "") -> data.Row:
+def row(boxes: int, kind: str = "") -> data.Example:
     box = (10.0, 10.0, 20.0, 20.0)
-    return data.Row("a.jpg", (("x", (box,) * boxes),), (100, 100), kind, "rows:1")
+    return data.Example("a.jpg", "x", (box,) * boxes, (100, 100), kind, "rows:1")
 
 
 def result(correct: bool) -> evaluate.Result:
@@ -55,14 +55,14 @@ def test_one_box_too_many_or_too_few_is_wrong():
 
 def test_the_mean_box_is_that_of_the_training_rows():
     assert evaluate.mean_box_accuracy([row(1)], [row(1), row(1)]) == 1.0
-    assert evaluate.mean_box_accuracy([row(1)], [data.Row("b", (("y", ((70.0, 70, 5, 5),)),), (100, 100), "", "")]) == 0
+    assert evaluate.mean_box_accuracy([row(1)], [data.Example("b", "y", ((70.0, 70, 5, 5),), (100, 100), "", "")]) == 0
 
 
 def test_evaluating_puts_the_model_back_into_the_mode_it_was_in(shapes):
-    rows = data.expand(data.read_rows(shapes_section(shapes), "val"))[:4]
+    rows = [(each,) for each in data.expand(data.read_rows(shapes_section(shapes), "val"))][:4]
     collate = data.Collate(data.Tokenizer(shapes / "data/shapes/shapes.spm"), 10)
     model = tiny_model().train()
-    found = evaluate.evaluate(model, data.Dataset(rows, 32), collate)
+    found = evaluate.evaluate_dataset(model, data.Dataset(rows, 32), collate)
     assert model.training and len(found) == 4 and set(found[0]) == {"decoder", "token"}
 
 
@@ -98,9 +98,9 @@ def test_several_phrases_at_once_are_answered_as_one_by_one(branch, shapes):
 
 
 def test_where_memory_runs_out_evaluation_goes_on_with_half_the_batch(shapes, monkeypatch):
-    rows = data.expand(data.read_rows(shapes_section(shapes), "val"))[:21]
+    rows = [(each,) for each in data.expand(data.read_rows(shapes_section(shapes), "val"))][:21]
     collate = data.Collate(data.Tokenizer(shapes / "data/shapes/shapes.spm"), 10)
-    dataset, sizes, whole = data.Dataset(rows, 32), [], evaluate.judge_batch
+    dataset, sizes, whole = data.Dataset(rows, 32), [], evaluate.evaluate_batch
 
     def tight(model, batch, *rest):
         sizes.append(len(batch.index))
@@ -108,9 +108,9 @@ def test_where_memory_runs_out_evaluation_goes_on_with_half_the_batch(shapes, mo
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(model, batch, *rest)
 
-    expected = evaluate.evaluate(tiny_model(), dataset, collate)
-    monkeypatch.setattr(evaluate, "judge_batch", tight)
-    found = evaluate.evaluate(tiny_model(), dataset, collate, batch_size=16)
+    expected = evaluate.evaluate_dataset(tiny_model(), dataset, collate)
+    monkeypatch.setattr(evaluate, "evaluate_batch", tight)
+    found = evaluate.evaluate_dataset(tiny_model(), dataset, collate, batch_size=16)
     assert sizes == [16, 8, 4, 4, 4, 4, 4, 1]
     assert [r["token"].correct for r in found] == [r["token"].correct for r in expected]
 
@@ -160,7 +160,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, expected, shapes, trained
 
 def test_a_result_that_is_sent_to_other_ranks_does_not_carry_its_whole_batch():
     logits, boxes, mask = torch.zeros(64, 1, 2), torch.full((64, 1, 4), 0.5), torch.ones(64, 1, dtype=torch.bool)
-    results = evaluate.judge(logits, boxes, boxes, mask, 100)
+    results = evaluate.score_answers(logits, boxes, boxes, mask, 100)
     assert len(pickle.dumps(results)) / 64 < 1000
 
 

@@ -188,7 +188,9 @@ def test_a_step_that_is_not_finite_is_skipped_with_its_row_named(where, config, 
     start(shapes, out, "train.epochs=1", "train.batch_size=4", "train.ema=true", config=config)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
     numbers = list(
-        data.StepKeys(train_rows(shapes, config), {"batch_size": 4, "seed": 6666, "epochs": 1}, 4, (0, 0), 0, 1)
+        data.MicroBatchSampler(
+            train_rows(shapes, config), {"batch_size": 4, "seed": 6666, "epochs": 1}, 4, (0, 0), 0, 1
+        )
     )
     assert line.startswith("step 4 skipped, rank 0: ") and "nan" in line
     assert line.endswith(f"; rows data/{config}/train.jsonl:{numbers[3][1][1] + 1}")

@@ -16,11 +16,11 @@ from conftest import ROOT, program, tiny_inputs, tiny_model
 NASTY = '<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1"> "left" & </dog>'
 
 
-def example(folder, i: int, grec: bool) -> tuple[data.Row, dict[str, evaluate.Result]]:
+def example(folder, i: int, grec: bool) -> tuple[data.Example, dict[str, evaluate.Result]]:
     """Row i: right in the decoder unless i % 4 is 0, in the token branch unless i % 3 is 0."""
     expression = NASTY if i == 1 else f"the {'very ' * (i % 12)}small thing number {i}"
     boxes = ((10.0, 10.0, 20.0 + i % 50, 20.0),) * (i % 3 if grec else 1)
-    row = data.Row(str(folder / f"{i % 4}.png"), ((expression, boxes),), (100, 80), "ab"[i % 2], f"rows:{i}")
+    row = data.Example(str(folder / f"{i % 4}.png"), expression, boxes, (100, 80), "ab"[i % 2], f"rows:{i}")
     truth = evaluate.true_boxes(row, (100, 80))
     results = {}
     for branch, step in (("decoder", 4), ("token", 3)):
@@ -58,7 +58,7 @@ def test_the_curve_at_the_threshold_of_the_table_has_the_table_s_figures():
     truth, mask = torch.rand(200, 3, 4, generator=g) * 0.3 + 0.2, torch.rand(200, 3, generator=g) > 0.6
     boxes = torch.cat([truth, torch.rand(200, 2, 4, generator=g) * 0.3 + 0.2], 1)
     certain = torch.cat([mask.float() * 4 - 2 + 2 * torch.randn(200, 3, generator=g), -3 * torch.ones(200, 2)], 1)
-    found = evaluate.judge(torch.stack([certain, -certain], -1), boxes, truth, mask, 640)
+    found = evaluate.score_answers(torch.stack([certain, -certain], -1), boxes, truth, mask, 640)
     truths = [evaluate.box_convert(t[m], "cxcywh", "xyxy") for t, m in zip(truth, mask, strict=True)]
     points = {round(threshold, 3): rest for threshold, *rest in evaluate.curve(truths, found)}
     none = [each.correct for each, m in zip(found, mask, strict=True) if not m.any()]
@@ -96,7 +96,7 @@ def test_attention_maps_are_those_of_the_usual_path():
         # one head, values that are the identity of a token: what attention puts out is its own map
         layer = model.encoder.layers[0]
         layer.heads = 1
-        image, text, readable = model.encoder.embed(model.normalise(images), tokens, pad)
+        image, text, attn_mask = model.encoder.embed(model.normalise(images), tokens, pad)
         seen = {}
         usual = torch.nn.functional.scaled_dot_product_attention
 
@@ -106,8 +106,8 @@ def test_attention_maps_are_those_of_the_usual_path():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-            layer(image, text, readable)
-        assert torch.allclose(layer.attention_map(image, text, readable), seen["map"], atol=1e-6)
+            layer(image, text, attn_mask)
+        assert torch.allclose(layer.attention_map(image, text, attn_mask), seen["map"], atol=1e-6)
         shares = model.attention_maps(images, tokens, pad)
     assert shares.object_token.shape == (2, 3, 16) and shares.words.shape == (2, 3, 6, 16)
     assert shares.queries.shape == (2, 3, 3, 16)

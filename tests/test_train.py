@@ -166,7 +166,7 @@ def test_a_signal_in_an_evaluation_ends_the_run_at_once_and_that_evaluation_come
         raise AssertionError("went on after the signal")
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "evaluate", killed)
+        patch.setattr(evaluate, "evaluate_dataset", killed)
         with pytest.raises(AssertionError, match="130"):  # the status that `start` did not expect
             start(shapes, "impatient")
     assert "stopped in an evaluation; the same command with --resume goes on" in capsys.readouterr().err
@@ -320,7 +320,7 @@ def test_a_small_model_learns_a_few_expressions_by_heart(shapes):
     config = data.load_config(f"{ROOT}/configs.json:shapes")
     config["data"] |= {"annotations": f"{shapes}/data/shapes/{{split}}.jsonl", "images": f"{shapes}/data/shapes/images"}
     tokenizer = data.Tokenizer(shapes / "data/shapes/shapes.spm")
-    dataset = data.Dataset(data.expand(data.read_rows(config["data"], "train"))[:8], 32)
+    dataset = data.Dataset([(each,) for each in data.expand(data.read_rows(config["data"], "train"))[:8]], 32)
     collate = data.Collate(tokenizer, 10)
     batch = collate([dataset[0, i] for i in range(8)])
     model = tiny_model().train()
@@ -332,8 +332,8 @@ def test_a_small_model_learns_a_few_expressions_by_heart(shapes):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = evaluate.evaluate(model, dataset, collate)
-    assert evaluate.summary(found, dataset.rows, grec=False) == {"n": 8, "decoder_acc": 1.0, "token_acc": 1.0}
+    found = evaluate.evaluate_dataset(model, dataset, collate)
+    assert evaluate.summary(found, dataset.examples, grec=False) == {"n": 8, "decoder_acc": 1.0, "token_acc": 1.0}
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_one_line():
@@ -344,9 +344,9 @@ def test_a_batch_that_the_ranks_cannot_share_is_one_line():
 
 def test_every_epoch_walks_through_all_rows_whatever_the_ranks_and_micro_batches():
     settings = {"batch_size": 8, "seed": 1, "epochs": 2}
-    whole = [sorted(sum(data.StepKeys(20, settings, 8, (e, 0), 0, 1), [])) for e in (0, 1)]
+    whole = [sorted(sum(data.MicroBatchSampler(20, settings, 8, (e, 0), 0, 1), [])) for e in (0, 1)]
     assert {i for _, i in whole[1]} == set(range(20))
-    per_rank = [list(data.StepKeys(20, settings, 2, (1, 0), rank, 2)) for rank in (0, 1)]
+    per_rank = [list(data.MicroBatchSampler(20, settings, 2, (1, 0), rank, 2)) for rank in (0, 1)]
     assert sorted(sum(sum(per_rank, []), [])) == whole[1]
-    resumed = list(data.StepKeys(20, settings, 8, (0, 2), 0, 1))
-    assert resumed == list(data.StepKeys(20, settings, 8, (0, 0), 0, 1))[2:]
+    resumed = list(data.MicroBatchSampler(20, settings, 8, (0, 2), 0, 1))
+    assert resumed == list(data.MicroBatchSampler(20, settings, 8, (0, 0), 0, 1))[2:]
