@@ -343,9 +343,8 @@ def test_a_last_pt_of_a_wrong_inside_is_one_line_whatever_is_wrong(shapes, train
         models.save(tmp_path / "last.pt", mutated(whole, rng))
         config = data.load_config(f"{ROOT}/configs.json:shapes", SMALL_RUN)
         run = train.build(config, tmp_path, 0, 1, torch.device("cpu"))
-        run.made_with = {"rows": whole["rows"]}
         try:
-            train.restore(run, train.found_run(tmp_path, config, True))
+            train.restore(run, train.found_run(tmp_path, config, True), whole["rows"])
             terms = {p: torch.zeros_like(p) for p in run.model.parameters()}
             for p, gradient in terms.items():
                 p.grad = gradient
