@@ -312,7 +312,7 @@ def test_a_line_that_a_full_disk_cuts_is_taken_back(shapes):
     command = command_line("train.py", "--config", "configs.json:shapes", "--out", "runs/fulllog")
     limit = 2300  # bytes: config.json and some lines of metrics.jsonl
     done = subprocess.run(
-        [*command, "--set", *SMALL_RUN, "train.batch_size=2", "train.epochs=2"],
+        [*command, "--set", *SMALL_RUN, "train.batch_size=2", "train.epochs=4"],
         **{"cwd": shapes, "env": environment(), "capture_output": True, "text": True, "timeout": 300},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
