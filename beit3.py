@@ -64,8 +64,8 @@ class MultiwayLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """image (B, 1+N, D), text (B, L, D), attn_mask (B, 1, 1, T) bool -> the updated image and text.
 
-        `path_scale` (2, B, 1, 1) scales what attention and feed-forward add, see `BEiT3.path_scales`. With `object_only` the
-        patches are still read, but of the image only the object token is updated and returned: (B, 1, D).
+        `path_scale` (2, B, 1, 1) scales what attention and feed-forward add, see `BEiT3.path_scales`. With
+        `object_only` the patches are still read, but of the image only the object token is updated: (B, 1, D).
         """
         h_image, h_text = self.image.attn_norm(image), self.text.attn_norm(text)
         k = self._join(self.image.k(h_image), self.text.k(h_text))  # (B, H, T, D/H)

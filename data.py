@@ -10,11 +10,6 @@
 Whatever is drawn at random is a function of (seed, epoch, index), so that ranks, workers and restarts change nothing.
 """
 
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is being imported; `data.run` sees to it from then on
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import difflib
 import fcntl
@@ -27,6 +22,7 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -68,14 +64,15 @@ class InputError(ValueError):
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))  # names hold anything
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a program's main: one line and exit status 2 for bad input, no traceback on Ctrl-C or for a lost rank."""
+def run(main: Callable[[], None], *others: type[Exception]) -> None:
+    """Run a program's main: one line and exit status 2 for bad input (InputError and `others`), no traceback on Ctrl-C
+    or for a lost rank."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
-    except InputError as error:
+    except (InputError, *others) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # ranks mostly fail alike: the first one says it, and torchrun ends the others meanwhile
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
@@ -948,9 +945,8 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
         print(f"image names start inside {shared}, the folder that all share")
 
 
-def _own_row(
-    together: Sequence[ForeignExpression], shared: str = ""
-) -> dict:  # in whose folder the name of the image starts
+def _own_row(together: Sequence[ForeignExpression], shared: str = "") -> dict:
+    """A JSON Lines row. The name of its image starts inside the folder `shared`."""
     first = together[0]
     boxes = [named.boxes for named in together]
     image = os.path.relpath(first.image, shared) if shared and isinstance(first.image, str) else first.image

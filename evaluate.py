@@ -10,11 +10,6 @@ gREC (several queries): Precision@(F1=1, IoU>=0.5) over all expressions, and N-a
 Everything is counted per expression and divided once, so that batches and ranks change nothing (D9).
 """
 
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is being imported; `data.run` sees to it from then on
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import base64
 import ctypes
@@ -882,4 +877,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    data.run(main)
+    data.run(main, models.CheckpointError)

@@ -13,11 +13,6 @@ off by up to 2 pixels.
 This file also builds, saves and loads models.
 """
 
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is being imported; `data.run` sees to it from then on
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import os
 import pickle
 import re
@@ -33,13 +28,16 @@ import torch
 from torch import Tensor, nn
 
 import beit3
-from data import InputError, run
 
 HEADS = 8  # attention heads of TQG and decoder, in every released model
 AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # the values of train.amp
 # `data.Tokenizer.digest` of beit3.spm (the file's own sha256 is 6f5e2fef...), for files that imply BEiT-3's words
 BEIT3_WORDS, BEIT3_TOKENIZER = 64010, "33a8c42624e4c1e48442905d5473f333b86adf81ac151fa426b755400b3df8b0"
 IMAGE_MEAN, IMAGE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB, 0..255
+
+
+class CheckpointError(ValueError):
+    """A file of weights is not what it should be. The message is one line that names the file."""
 
 
 class Output(NamedTuple):
@@ -299,35 +297,35 @@ def save(path: str | Path, state: dict) -> None:
     except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when the disk is full
         part.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise InputError(f"{path}: cannot be written (an older file stays as it was): {reason}") from None
+        raise CheckpointError(f"{path}: cannot be written (an older file stays as it was): {reason}") from None
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint file as plain tensors, numbers and strings, on the CPU. InputError if it is anything else."""
+    """A checkpoint file as plain tensors, numbers and strings, on the CPU. CheckpointError if it is anything else."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path}: is not a regular file")
+        raise CheckpointError(f"{path}: is not a regular file")
     try:
         # the only foreign objects met in official files: numpy's numbers, such as the best accuracy
         allowed = [np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
                 if damaged := file.testzip():  # checksums, which torch.load does not look at
-                    raise InputError(f"{path}: is damaged, the checksum of {damaged} is wrong")
+                    raise CheckpointError(f"{path}: is damaged, the checksum of {damaged} is wrong")
         with torch.serialization.safe_globals(allowed):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it wants to run code ({code[1]})" if code else "it is another kind of file"
-        raise InputError(f"{path}: is not a checkpoint of tensors: {reason}") from None
-    except InputError:  # is a ValueError, which the next line would reword
+        raise CheckpointError(f"{path}: is not a checkpoint of tensors: {reason}") from None
+    except CheckpointError:  # is a ValueError, which the next line would reword
         raise
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
         size = os.path.getsize(path)
-        raise InputError(f"{path}: is not a whole checkpoint ({size:,} bytes; an unfinished download?)") from None
+        raise CheckpointError(f"{path}: is not a whole checkpoint ({size:,} bytes; an unfinished download?)") from None
     if not isinstance(state, dict):
-        raise InputError(f"{path}: is not a checkpoint: it holds a {type(state).__name__}")
+        raise CheckpointError(f"{path}: is not a checkpoint: it holds a {type(state).__name__}")
     return state
 
 
@@ -337,9 +335,9 @@ def unpacking(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
+        if isinstance(error, CheckpointError):
             raise
-        raise InputError(f"{path}: does not hold what such a checkpoint should hold: {error!r:.200}") from None
+        raise CheckpointError(f"{path}: does not hold what such a checkpoint should hold: {error!r:.200}") from None
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", **model_args) -> SimVG:
@@ -360,7 +358,7 @@ def load_with_config(
     with unpacking(path):
         found = _simvg_weights(state)
         if not found:
-            raise InputError(f"{path}: is neither a checkpoint of this project nor an official SimVG one")
+            raise CheckpointError(f"{path}: is neither a checkpoint of this project nor an official SimVG one")
         kind, weights, args = found
         model = SimVG(**{**args, **model_args})
         load_strictly(model, weights, path)
@@ -380,8 +378,8 @@ def initialise(model: SimVG, path: str | Path) -> str:
     one line.
 
     A BEiT-3 file must fill the whole encoder, a SimVG file everything. Two things may differ: the grid of the image
-    positions, which are resized, and the number of queries, which then start anew. Any other misfit is an InputError.
-    Weights that were made for `as_released` make the model compute so, too.
+    positions, which are resized, and the number of queries, which then start anew. Any other misfit is a
+    CheckpointError. Weights that were made for `as_released` make the model compute so, too.
     """
     state, fresh = read_checkpoint(path), model.state_dict()
     grid, patch = model.encoder.grid, model.encoder.patch_embed.kernel_size[0]
@@ -395,7 +393,7 @@ def initialise(model: SimVG, path: str | Path) -> str:
                 new, left = {queries}, f"; new: {queries}"
             if args.get("as_released", model.tqg.as_released) != model.tqg.as_released:
                 if model.tqg.as_released:
-                    raise InputError(f"{path}: its weights were not made for model.as_released=true")
+                    raise CheckpointError(f"{path}: its weights were not made for model.as_released=true")
                 model.tqg.compute_as_released(True)
                 left += "; model.as_released=true from now on, for which these weights were made"
         else:
@@ -427,23 +425,25 @@ def _beit3_weights(state: dict, path: str | Path, grid: int, patch: int) -> tupl
     found = state.get("model") or state.get("module") or state
     encoder = {name.removeprefix("beit3."): v for name, v in found.items() if name.startswith("beit3.")}
     if not encoder:
-        raise InputError(f"{path}: holds neither SimVG nor BEiT-3 weights")
+        raise CheckpointError(f"{path}: holds neither SimVG nor BEiT-3 weights")
     weights = beit3.convert(beit3.resize_pretrained(encoder, grid, patch))
     unused = sorted(name for name in found if not name.startswith("beit3.") or name == f"beit3.{beit3.UNUSED}")
     return {f"encoder.{name}": value for name, value in weights.items()}, unused
 
 
 def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Every tensor of the model is filled from a tensor of the same shape and none is left over, or InputError."""
+    """Every tensor of the model is filled from a tensor of the same shape and none is left over, or CheckpointError."""
     for name, value in weights.items():
         if not (isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided):
-            raise InputError(f"{path}: {name} must be a tensor of floating point numbers, not {value!r:.60}")
+            raise CheckpointError(f"{path}: {name} must be a tensor of floating point numbers, not {value!r:.60}")
     have = {name: tuple(value.shape) for name, value in weights.items()}
     want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if have != want:
         name = min((name for name in have.keys() | want.keys() if have.get(name) != want.get(name)), key=str)
         found, wanted = have.get(name, "missing"), want.get(name, "nothing of that name")
-        raise InputError(f"{path}: does not fit the model: {name} is {found} in the file, the model wants {wanted}")
+        raise CheckpointError(
+            f"{path}: does not fit the model: {name} is {found} in the file, the model wants {wanted}"
+        )
     model.load_state_dict(weights)
 
 
@@ -569,4 +569,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

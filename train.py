@@ -8,16 +8,12 @@ curves.png and samples.png. `--resume` goes on after a kill, bit for bit on one 
 function of (seed, epoch, step), nothing random is stored.
 """
 
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while torch is being imported; `data.run` sees to it from then on
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import fcntl
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -89,9 +85,8 @@ def main() -> None:
     digest = data.fingerprint([rows, *(split.rows for split in splits.values())])
     agree(world, (settings, digest, state and state.get("step")))
     run = build(config, out, rank, world, device)
-    run.made_with["rows"] = digest
     if state:
-        restore(run, state)
+        restore(run, state, digest)
         del state  # a copy of the weights and of the optimiser, on every rank
     elif args.init:
         report = models.initialise(run.model, args.init)
@@ -99,7 +94,7 @@ def main() -> None:
         if rank == 0:
             print(report)
     collate = evaluate.load_collate(config, run.model)
-    run.made_with["tokenizer"] = collate.tokenizer.digest
+    run.made_with = {"tokenizer": collate.tokenizer.digest, "rows": digest}
     if settings["ema"] and not run.ema:
         run.ema |= {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
@@ -109,7 +104,6 @@ def main() -> None:
     stream = data.batches(train_set, collate, keys, data_settings["workers"], pin=device.type == "cuda")
     per_step = settings["batch_size"] // world // micro  # micro-batches of one rank
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         run.held = hold(out, json.dumps(config, indent=1))  # from here on the folder holds a run
         announce(run, keys.steps, micro)
     log = Log(run, keys.steps)
@@ -122,8 +116,7 @@ def main() -> None:
         save_last(run)  # first, so that a failing evaluation cannot cost the epoch; a resumed run evaluates again
         run.progress |= {"epoch": run.progress["epoch"] + 1, "step_in_epoch": 0}
         if is_due(run.progress["epoch"], settings):
-            first = data_settings["eval_splits"][0]
-            validate(run, first, splits[first], collate, log)
+            validate(run, *next(iter(splits.items())), collate, log)
 
     # 4. what came out
     log.bar.close()
@@ -502,6 +495,7 @@ def found_run(out: Path, config: dict, resume: bool) -> dict | None:
 
 def hold(out: Path, config: str) -> TextIO:
     """Write config.json and keep it locked for as long as it stays open: a second run in this folder is refused."""
+    out.mkdir(parents=True, exist_ok=True)
     file = open(out / "config.json", "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would keep after a kill
@@ -522,9 +516,9 @@ def agree(world: int, mine: object) -> None:
         raise InputError("the ranks differ in their rows, last.pt or section train: all must read the same files")
 
 
-def restore(run: Run, state: dict) -> None:
-    """Fill everything from last.pt."""
-    if state.get("rows", run.made_with["rows"]) != run.made_with["rows"]:
+def restore(run: Run, state: dict, rows: str) -> None:
+    """Fill everything from last.pt. InputError unless `rows`, a fingerprint, are those it was trained with."""
+    if state.get("rows", rows) != rows:
         raise InputError(f"{run.config['data']['annotations']}: other rows than those that {run.out} was started with")
     with models.unpacking(run.out / "last.pt"):
         run.model.tokenizer_digest = state.get("tokenizer")
@@ -550,7 +544,7 @@ def save(run: Run, name: str, state: dict) -> bool:
     try:
         if run.rank == 0:
             models.save(run.out / name, state)
-    except InputError as error:
+    except models.CheckpointError as error:
         tqdm.write(f"train.py: {error}", file=sys.stderr)
         return False
     return True
@@ -624,4 +618,4 @@ class Log:
 
 
 if __name__ == "__main__":
-    data.run(main)
+    data.run(main, models.CheckpointError)

@@ -154,7 +154,7 @@ def foreign(folder: Path, rng: random.Random) -> None:
                 settings["sources"][source] = "{}.jpg"
         try:
             data.read_rows(settings, written.stem)
-        except data.InputError as error:
+        except (data.InputError, models.CheckpointError) as error:
             raise AssertionError(f"convert wrote what training refuses: {error}") from None
 
 

@@ -156,7 +156,7 @@ def test_initialising_fills_every_parameter_that_the_file_has(tmp_path):
 def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one(tmp_path, monkeypatch):
     models.save(tmp_path / "a.pt", {"step": 1})
     monkeypatch.setattr(models.os, "fsync", no_space)
-    with pytest.raises(data.InputError, match="No space left"):
+    with pytest.raises(models.CheckpointError, match="No space left"):
         models.save(tmp_path / "a.pt", {"step": 2})
     assert models.read_checkpoint(tmp_path / "a.pt") == {"step": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
@@ -189,7 +189,7 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_that_names_it(kind,
         torch.save({"weights": torch.zeros(3)}, path)
     elif kind == "shape":
         models.save(path, checkpoint(tiny_model(), encoder_width=64))
-    with pytest.raises(data.InputError) as error:
+    with pytest.raises(models.CheckpointError) as error:
         models.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert "this code ran" not in capsys.readouterr().out
@@ -227,7 +227,7 @@ def test_weights_made_for_the_released_arithmetic_are_trained_with_it_and_that_i
 
 def test_weights_made_for_the_paper_s_arithmetic_are_refused_where_the_released_one_is_set(tmp_path):
     models.save(tmp_path / "a.pt", checkpoint(tiny_model()))
-    with pytest.raises(data.InputError, match="not made for model.as_released=true"):
+    with pytest.raises(models.CheckpointError, match="not made for model.as_released=true"):
         models.initialise(tiny_model(as_released=True), tmp_path / "a.pt")
 
 
@@ -303,7 +303,7 @@ def test_a_checkpoint_of_a_wrong_inside_is_one_line_whatever_is_wrong(kind, tmp_
         for load in (True, False):
             try:
                 models.load(path, **heads) if load else models.initialise(model, path)
-            except data.InputError as error:
+            except models.CheckpointError as error:
                 refused += 1
                 assert str(path) in str(error) and "\n" not in str(error)
     assert refused > 50
@@ -314,7 +314,7 @@ def test_weights_that_are_no_tensors_of_floating_point_numbers_are_named(tmp_pat
         state = checkpoint(tiny_model())
         state["model"]["token_branch.mlp.weight"] = wrong
         torch.save(state, tmp_path / "x.pt")
-        with pytest.raises(data.InputError, match="token_branch.mlp.weight must be a tensor of floating point"):
+        with pytest.raises(models.CheckpointError, match="token_branch.mlp.weight must be a tensor of floating point"):
             models.load(tmp_path / "x.pt")
 
 
@@ -324,7 +324,7 @@ def test_a_pipe_or_a_device_is_no_checkpoint_and_nothing_waits_for_it(tmp_path):
     signal.alarm(20)
     try:
         for path in (tmp_path / "pipe.pt", "/dev/zero"):
-            with pytest.raises(data.InputError, match="is not a regular file"):
+            with pytest.raises(models.CheckpointError, match="is not a regular file"):
                 models.read_checkpoint(path)
     finally:
         signal.alarm(0)
