@@ -61,11 +61,13 @@ class MultiwayLayer(nn.Module):
         attn_mask: Tensor,
         path_scale: Tensor | None = None,
         object_only: bool = False,
+        maps: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """image (B, 1+N, D), text (B, L, D), attn_mask (B, 1, 1, T) bool -> the updated image and text.
 
         `path_scale` (2, B, 1, 1) scales what attention and feed-forward add, see `BEiT3.path_scales`. With
-        `object_only` the patches are still read, but of the image only the object token is updated: (B, 1, D).
+        `object_only` the patches are still read, but of the image only the object token is updated: (B, 1, D). The
+        attention of every token to every token (B, T, T), the mean over heads, is appended to `maps`.
         """
         h_image, h_text = self.image.attn_norm(image), self.text.attn_norm(text)
         k = self._join(self.image.k(h_image), self.text.k(h_text))  # (B, H, T, D/H)
@@ -73,6 +75,9 @@ class MultiwayLayer(nn.Module):
         if object_only:
             image, h_image = image[:, :OBJECT_TOKENS], h_image[:, :OBJECT_TOKENS]  # (B, 1, D)
         q = self._join(self.image.q(h_image), self.text.q(h_text))
+        if maps is not None:  # the fused kernel below never holds them
+            scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5  # (B, H, T, T)
+            maps.append(scores.masked_fill(~attn_mask, -torch.inf).softmax(-1).mean(1))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         attended = attended.transpose(1, 2).flatten(2)  # (B, T, D); with object_only (B, 1+L, D)
         a_image, a_text = attended.split([image.shape[1], text.shape[1]], dim=1)
@@ -82,14 +87,6 @@ class MultiwayLayer(nn.Module):
         image = _add(image, self.image.feed_forward(image), path_scale, 1)
         text = _add(text, self.text.feed_forward(text), path_scale, 1)
         return image, text
-
-    def attention_map(self, image: Tensor, text: Tensor, attn_mask: Tensor) -> Tensor:
-        """Where each token looks in this layer, for pictures: (B, T, T), rows add up to 1, the mean of the heads."""
-        h_image, h_text = self.image.attn_norm(image), self.text.attn_norm(text)
-        q = self._join(self.image.q(h_image), self.text.q(h_text))  # (B, H, T, D/H)
-        k = self._join(self.image.k(h_image), self.text.k(h_text))
-        scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5  # (B, H, T, T)
-        return scores.masked_fill(~attn_mask, -torch.inf).softmax(-1).mean(1)
 
     def _join(self, image: Tensor, text: Tensor) -> Tensor:
         joined = torch.cat([image, text], dim=1)  # (B, T, D)
@@ -120,14 +117,14 @@ class BEiT3(nn.Module):
         self.register_buffer("drop_rates", rates, persistent=False)
         self.drops = drop_path > 0
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.checkpointing = False  # keep only each layer's input for its gradient, and compute the rest once more
+        self.checkpointing = False  # recompute each layer in the backward pass
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Weights to train from scratch with (D7): without them a small model stays at the mean box for a long time."""
         for name, layer in self.layers.named_modules():
             if isinstance(layer, nn.Linear):
-                # what is written to the residual stream starts small, so that the first steps see the input
+                # Small residual outputs: at the start each layer is close to the identity.
                 nn.init.xavier_uniform_(layer.weight, gain=0.2 if name.endswith(("out", "fc2")) else 1.0)
                 nn.init.zeros_(layer.bias)
         width = self.text_embed.embedding_dim
@@ -138,15 +135,21 @@ class BEiT3(nn.Module):
             self.text_positions.copy_(sine_1d(TEXT_POSITIONS, width))
 
     def forward(
-        self, images: Tensor, tokens: Tensor, text_pad: Tensor, object_only: bool = False
+        self,
+        images: Tensor,
+        tokens: Tensor,
+        text_pad: Tensor,
+        object_only: bool = False,
+        maps: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See the head of this file. With `object_only` the image tokens come back empty, (B, 0, D)."""
+        """See the head of this file. With `object_only` the image tokens come back empty, (B, 0, D). Each layer appends
+        its attention to `maps`, see `MultiwayLayer`."""
         image, text, attn_mask = self.embed(images, tokens, text_pad)
         path_scales = self.path_scales(images.shape[0])
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
             scale = None if path_scales is None else path_scales[i]
-            inputs = image, text, attn_mask, scale, object_only and last
+            inputs = image, text, attn_mask, scale, object_only and last, maps
             if self.checkpointing and torch.is_grad_enabled():
                 image, text = checkpoint(layer, *inputs, use_reentrant=False)
             else:
@@ -165,19 +168,10 @@ class BEiT3(nn.Module):
         attn_mask = F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, T)
         return image, text, attn_mask
 
-    def attention_maps(self, images: Tensor, tokens: Tensor, text_pad: Tensor) -> Tensor:
-        """Where each token looks in every layer, for pictures: (layers, B, T, T), padding included."""
-        image, text, attn_mask = self.embed(images, tokens, text_pad)
-        maps = []
-        for layer in self.layers:
-            maps.append(layer.attention_map(image, text, attn_mask))
-            image, text = layer(image, text, attn_mask)
-        return torch.stack(maps)
-
     def path_scales(self, batch: int) -> Tensor | None:
         """Drop path. In training (layers, 2, B, 1, 1): 0 for the samples whose residual branch is skipped, else
-        1 / the probability of keeping it. Drawn here and not in the layers, since torch.compile would compile each
-        layer anew for a rate of its own."""
+        1 / the probability of keeping it. The layers do not draw them, because torch.compile would compile each layer
+        anew for its own rate."""
         if not self.training or not self.drops:
             return None
         keep = 1 - self.drop_rates[:, None, None, None, None]  # (layers, 1, 1, 1, 1)
@@ -255,6 +249,17 @@ def convert(official: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             ours[_OUTER_NAMES[name]] = value
     return ours
+
+
+def pretrained_weights(state: dict, grid: int, patch: int) -> tuple[dict[str, Tensor], list[str]]:
+    """A BEiT-3 checkpoint -> the tensors of `BEiT3`, fitted to its grid and patch, and the names that are not used: the
+    mask token, and whatever lies outside the encoder, such as pre-training heads. ValueError if it holds none."""
+    found = state.get("model") or state.get("module") or state
+    encoder = {name.removeprefix("beit3."): value for name, value in found.items() if name.startswith("beit3.")}
+    if not encoder:
+        raise ValueError("it holds neither SimVG nor BEiT-3 weights")
+    unused = sorted(name for name in found if not name.startswith("beit3.") or name == f"beit3.{UNUSED}")
+    return convert(resize_pretrained(encoder, grid, patch)), unused
 
 
 def resize_positions(table: Tensor, grid: int, extra: int) -> Tensor:

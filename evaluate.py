@@ -718,7 +718,8 @@ def check_tokenizer(model: models.SimVG, tokenizer: data.Tokenizer) -> None:
 def main() -> None:
     args = parse_arguments()
     rank, _, device = join_ranks()
-    model, config, kind = models.load_with_config(args.ckpt, device)
+    model = models.load(args.ckpt, device)
+    config = model.config
     if args.config:
         config = data.load_config(args.config)
         config["model"] |= {"image_size": model.image_size, "queries": model.tqg.query_embed.num_embeddings}
@@ -735,7 +736,7 @@ def main() -> None:
     if args.amp and not args.attention:  # maps are drawn in float32
         models.keep_in_16_bits(model, models.AMP[args.amp])
     if rank == 0:
-        print(f"{args.ckpt}: {kind}")
+        print(f"{args.ckpt}: {model.origin}")
     if args.image is not None:
         if rank == 0:
             ground_one(args, model, config)

@@ -14,11 +14,9 @@ This file also builds, saves and loads models.
 """
 
 import os
-import pickle
 import re
 import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -59,13 +57,13 @@ class Output(NamedTuple):
 
 
 class AttentionMaps(NamedTuple):
-    """Where tokens look in the image, for pictures: the part of their attention that falls on each patch. It adds up
-    to 1 for queries, to less for the others, which also look at words and at the object token."""
+    """Attention that falls on each patch of the image, for pictures. Each row of `queries` adds up to 1; those of the
+    others add up to less, because object token and words also attend to each other."""
 
     object_token: Tensor  # (layers, B, N) of the encoder
     words: Tensor  # (layers, B, L, N) of the encoder, padding included
     queries: Tensor  # (K, B, Q, N) of the decoder branch
-    best_query: Tensor  # (B,) the query that is surest of its box
+    best_query: Tensor  # (B,) the query with the highest score
 
 
 class DecoderLayer(nn.Module):
@@ -81,23 +79,25 @@ class DecoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
     def forward(
-        self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor, pad: Tensor | None = None
+        self,
+        x: Tensor,
+        query_pos: Tensor,
+        memory: Tensor,
+        memory_pos: Tensor,
+        pad: Tensor | None = None,
+        maps: list[Tensor] | None = None,
     ) -> Tensor:
-        """x, query_pos (B, Q, C); memory (B, n, C); memory_pos (n, C); pad (B, n) True = padding -> (B, Q, C)."""
-        x = self.attend_to_queries(x, query_pos)
-        seen = self.cross_attn(x + query_pos, memory + memory_pos, memory, key_padding_mask=pad, need_weights=False)[0]
-        x = self.norms[1](x + seen)
-        return self.norms[2](x + self.ffn(x))
-
-    def attend_to_queries(self, x: Tensor, query_pos: Tensor) -> Tensor:
-        """Self-attention among the queries, with its sum and norm: (B, Q, C) -> (B, Q, C)."""
+        """x, query_pos (B, Q, C); memory (B, n, C); memory_pos (n, C); pad (B, n) True = padding -> (B, Q, C). The
+        attention of each query to the memory (B, Q, n), the mean over heads, is appended to `maps`."""
         q = x + query_pos
-        return self.norms[0](x + self.self_attn(q, q, x, need_weights=False)[0])
-
-    def attention_map(self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor) -> Tensor:
-        """Where each query looks, for pictures: (B, Q, n), rows add up to 1, the mean of the heads."""
-        x = self.attend_to_queries(x, query_pos)
-        return self.cross_attn(x + query_pos, memory + memory_pos, memory)[1]
+        x = self.norms[0](x + self.self_attn(q, q, x, need_weights=False)[0])
+        attended, attention = self.cross_attn(
+            x + query_pos, memory + memory_pos, memory, key_padding_mask=pad, need_weights=maps is not None
+        )
+        if maps is not None:
+            maps.append(attention)
+        x = self.norms[1](x + attended)
+        return self.norms[2](x + self.ffn(x))
 
 
 class TextGuidedQuery(nn.Module):
@@ -130,12 +130,15 @@ class TextGuidedQuery(nn.Module):
     def pool(self, text: Tensor, text_pad: Tensor) -> Tensor:
         """Mask max pool, (B, L, C) -> (B, C): the maximum over the words, padding left out (D2)."""
         if self.as_released:
-            # D3: the official mask holds integers, so its ~mask, used as an index, is -1 for a word and -2 for padding:
-            # it picks the last row, and the one before wherever something is padded
-            last, before = text[:, -1], text[:, -2]
-            return torch.where(text_pad.any(1, keepdim=True), torch.maximum(last, before), last)
+            return self._pool_as_released(text, text_pad)
         # max, not amax, which would share the gradient between equal maxima
         return text.masked_fill(text_pad[..., None], -torch.inf).max(dim=1).values
+
+    def _pool_as_released(self, text: Tensor, text_pad: Tensor) -> Tensor:
+        """The official mask holds integers. Used as an index, ~mask is -1 for a word and -2 for padding. It picks the
+        last row, and the one before it where anything is padded (D3)."""
+        last, before = text[:, -1], text[:, -2]
+        return torch.where(text_pad.any(1, keepdim=True), torch.maximum(last, before), last)
 
 
 def box_head(width: int) -> nn.Sequential:
@@ -154,24 +157,15 @@ class DecoderBranch(nn.Module):
         self.class_head, self.box_head = nn.Linear(width, 2), box_head(width)
         self.register_buffer("positions", beit3.sine_2d(grid, width), persistent=False)
 
-    def forward(self, image: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor, queries: Tensor, maps: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """image (B, N, D), queries (B, Q, C) -> logits (K, B, Q, 2), boxes (K, B, Q, 4)."""
         image = self.image_proj(image)  # (B, N, C)
         x, outputs = torch.zeros_like(queries), []
         for layer in self.layers:
-            x = layer(x, queries, image, self.positions)
+            x = layer(x, queries, image, self.positions, maps=maps)
             outputs.append(self.norm(x))
         x = torch.stack(outputs)  # (K, B, Q, C)
         return self.class_head(x), self.box_head(x).sigmoid()
-
-    def attention_maps(self, image: Tensor, queries: Tensor) -> Tensor:
-        """Where each query looks in every layer, for pictures: (K, B, Q, N)."""
-        image = self.image_proj(image)
-        x, maps = torch.zeros_like(queries), []
-        for layer in self.layers:
-            maps.append(layer.attention_map(x, queries, image, self.positions))
-            x = layer(x, queries, image, self.positions)
-        return torch.stack(maps)
 
 
 class TokenBranch(nn.Module):
@@ -190,32 +184,32 @@ class TokenBranch(nn.Module):
 
 
 class SimVG(nn.Module):
-    """Arguments are the section `model` of a config. `as_released` computes what the released checkpoints were
-    trained with (D3, D4) instead of what the paper says."""
+    """The whole model. Its arguments are the section `model` of a config."""
 
     def __init__(
         self,
         *,
-        image_size: int,
-        patch_size: int,
-        vocab_size: int,
-        encoder_width: int,
-        encoder_layers: int,
-        encoder_heads: int,
-        encoder_ffn: int,
-        drop_path: float,
-        head_width: int,
-        queries: int,
-        tqg_layers: int,
-        tqg_ffn: int,
-        decoder_layers: int,
-        decoder_ffn: int,
-        dropout: float,
-        as_released: bool,
+        image_size: int,  # pixels; images are resized to a square
+        patch_size: int,  # pixels of a side of the encoder's patches
+        vocab_size: int,  # rows of the word embedding; BEiT-3's tokenizer has 64,010 ids
+        encoder_width: int,  # D; base 768, large 1024
+        encoder_layers: int,  # base 12, large 24
+        encoder_heads: int,  # attention heads of the encoder; base 12, large 16
+        encoder_ffn: int,  # hidden width of the encoder's feed-forward networks
+        drop_path: float,  # rate of the encoder's last layer; it grows from 0 in the first
+        head_width: int,  # C, the width of text-guided queries and of both branches
+        queries: int,  # Q; 1 for REC, 10 for gREC
+        tqg_layers: int,  # layers of the text-guided query generation
+        tqg_ffn: int,  # hidden width of its feed-forward networks
+        decoder_layers: int,  # K, layers of the decoder branch
+        decoder_ffn: int,  # hidden width of its feed-forward networks
+        dropout: float,  # in TQG and decoder branch
+        as_released: bool,  # compute what the released weights were trained with, not what the paper says (D3, D4)
     ):
         super().__init__()
         self.image_size = image_size
-        self.max_tokens = self.tokenizer_digest = None  # of the texts it was trained with, where a file told
+        # What `load` read, where the file says it: its kind, its config, and how it was trained to read phrases.
+        self.origin = self.config = self.max_tokens = self.tokenizer_digest = None
         self.encoder = beit3.BEiT3(
             image_size, patch_size, vocab_size, encoder_width, encoder_layers, encoder_heads, encoder_ffn, drop_path
         )
@@ -224,7 +218,7 @@ class SimVG(nn.Module):
             encoder_width, head_width, self.encoder.grid, decoder_layers, decoder_ffn, dropout
         )
         self.token_branch = TokenBranch(encoder_width, head_width)
-        # as in the official code the decoder's matrices only; the other heads keep PyTorch's way
+        # As in the official code, only the decoder's matrices; everything else keeps PyTorch's initial weights.
         for weight in self.decoder_branch.layers.parameters():
             if weight.dim() > 1:
                 nn.init.xavier_uniform_(weight)
@@ -258,24 +252,22 @@ class SimVG(nn.Module):
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor, tokens: Tensor, text_pad: Tensor) -> AttentionMaps:
-        """Computed beside the usual path, which never holds an attention map. Arguments as for the model itself."""
-        images = self.normalise(images)
-        maps = self.encoder.attention_maps(images, tokens, text_pad)  # (layers, B, T, T)
-        first, N = beit3.OBJECT_TOKENS, self.encoder.grid**2
-        _, image, text = self.encoder(images, tokens, text_pad)
-        queries = self.tqg(text, text_pad)
-        logits = self.decoder_branch(image, queries)[0][-1]  # (B, Q, 2)
+        """Arguments as for `forward`. In float32, with every attention map in memory."""
+        encoder_maps, decoder_maps = [], []
+        _, image, text = self.encoder(self.normalise(images), tokens, text_pad, maps=encoder_maps)
+        logits, _ = self.decoder_branch(image, self.tqg(text, text_pad), decoder_maps)  # (K, B, Q, 2)
+        maps, first, N = torch.stack(encoder_maps), beit3.OBJECT_TOKENS, image.shape[1]  # (layers, B, T, T)
         return AttentionMaps(
             object_token=maps[:, :, :first, first : first + N].mean(2),
             words=maps[:, :, first + N :, first : first + N],
-            queries=self.decoder_branch.attention_maps(image, queries),
-            best_query=(logits[..., 0] - logits[..., 1]).argmax(1),
+            queries=torch.stack(decoder_maps),
+            best_query=(logits[-1, ..., 0] - logits[-1, ..., 1]).argmax(1),
         )
 
 
 def keep_in_16_bits(model: SimVG, amp: torch.dtype) -> None:
-    """For inference that always names this `amp`: store the encoder's matrices in the precision that autocast would
-    otherwise cast them to at every call. The answers stay the same."""
+    """Store the encoder's matrices in the precision that autocast would cast them to in every call. For inference with
+    this `amp`; the answers stay the same."""
     for module in model.encoder.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(amp)
@@ -284,155 +276,59 @@ def keep_in_16_bits(model: SimVG, amp: torch.dtype) -> None:
 # -------------------------------------------------------------------------------------------- checkpoint files
 
 
-def save(path: str | Path, state: dict) -> None:
-    """Write a checkpoint so that at every moment `path` is the old file or the whole new one."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when the disk is full
-        part.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise CheckpointError(f"{path}: cannot be written (an older file stays as it was): {reason}") from None
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint file as plain tensors, numbers and strings, on the CPU. CheckpointError if it is anything else."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise CheckpointError(f"{path}: is not a regular file")
-    try:
-        # the only foreign objects met in official files: numpy's numbers, such as the best accuracy
-        allowed = [np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if damaged := file.testzip():  # checksums, which torch.load does not look at
-                    raise CheckpointError(f"{path}: is damaged, the checksum of {damaged} is wrong")
-        with torch.serialization.safe_globals(allowed):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it wants to run code ({code[1]})" if code else "it is another kind of file"
-        raise CheckpointError(f"{path}: is not a checkpoint of tensors: {reason}") from None
-    except CheckpointError:  # is a ValueError, which the next line would reword
-        raise
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
-        size = os.path.getsize(path)
-        raise CheckpointError(f"{path}: is not a whole checkpoint ({size:,} bytes; an unfinished download?)") from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: is not a checkpoint: it holds a {type(state).__name__}")
-    return state
-
-
-@contextmanager
-def unpacking(path: str | Path) -> Iterator[None]:
-    """What a checkpoint holds is put to use inside; whatever it makes stumble becomes one line that names the file."""
-    try:
-        yield
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: does not hold what such a checkpoint should hold: {error!r:.200}") from None
-
-
 def load(path: str | Path, device: str | torch.device = "cpu", **model_args) -> SimVG:
-    """A SimVG in eval mode from this project's checkpoint or an official SimVG .pth; `model_args` replace
-    what the file says, such as `encoder_heads` where heads are not 64 wide.
+    """A SimVG in eval mode from this project's checkpoint or an official SimVG .pth, with averaged (EMA) weights where
+    there are any.
 
-    From an official file sizes are read off the tensors, with heads 64 wide and `as_released=True`; averaged (EMA)
-    weights are taken where there are any.
+    From an official file sizes are read off the tensors, with heads 64 wide and `as_released=True`. `model_args`
+    replace what the file says, such as `encoder_heads` where heads are not 64 wide. CheckpointError: any misfit.
     """
-    return load_with_config(path, device, **model_args)[0]
-
-
-def load_with_config(
-    path: str | Path, device: str | torch.device = "cpu", **model_args
-) -> tuple[SimVG, dict | None, str]:
-    """`load`, the config that the file carries (an official file carries none), and what was read, in words."""
     state = read_checkpoint(path)
     with unpacking(path):
-        found = _simvg_weights(state)
-        if not found:
+        origin, weights, args = _simvg_weights(state)
+        if not weights:
             raise CheckpointError(f"{path}: is neither a checkpoint of this project nor an official SimVG one")
-        kind, weights, args = found
         model = SimVG(**{**args, **model_args})
         load_strictly(model, weights, path)
+        model.origin, model.config = origin, state.get("config")
         model.tokenizer_digest = _tokenizer_digest(state, model)
-        model.max_tokens = state["config"]["data"].get("max_tokens") if "config" in state else 20
-    return model.to(device).eval(), state.get("config"), kind
-
-
-def _tokenizer_digest(state: dict, model: SimVG) -> str | None:
-    """Of the tokenizer that a checkpoint was trained with. Only old ones of this project leave it open."""
-    official = "config" not in state and model.encoder.text_embed.num_embeddings == BEIT3_WORDS
-    return BEIT3_TOKENIZER if official else state.get("tokenizer")
+        model.max_tokens = model.config["data"].get("max_tokens") if model.config else 20
+    return model.to(device).eval()
 
 
 def initialise(model: SimVG, path: str | Path) -> str:
-    """Start `model` from a BEiT-3 file, a checkpoint of this project or an official SimVG .pth -> what was taken, in
-    one line.
+    """Start `model` from a BEiT-3 file, a checkpoint of this project or an official SimVG .pth. Returns one line that
+    says what was taken.
 
-    A BEiT-3 file must fill the whole encoder, a SimVG file everything. Two things may differ: the grid of the image
-    positions, which are resized, and the number of queries, which then start anew. Any other misfit is a
-    CheckpointError. Weights that were made for `as_released` make the model compute so, too.
+    A BEiT-3 file must fill the whole encoder, a SimVG file everything. Two things may differ: image positions are
+    resized to another grid, and another number of queries starts anew. `as_released` is taken over from a SimVG file.
+    CheckpointError: any other misfit.
     """
     state, fresh = read_checkpoint(path), model.state_dict()
     grid, patch = model.encoder.grid, model.encoder.patch_embed.kernel_size[0]
     positions, queries = "encoder.image_positions", "tqg.query_embed.weight"
     with unpacking(path):
-        if found := _simvg_weights(state):
-            kind, weights, args = found
+        kind, weights, args = _simvg_weights(state)
+        if weights:
             weights[positions] = beit3.resize_positions(weights[positions], grid, extra=beit3.OBJECT_TOKENS)
-            new, left = set(), ""
-            if weights[queries].shape != fresh[queries].shape:
-                new, left = {queries}, f"; new: {queries}"
-            if args.get("as_released", model.tqg.as_released) != model.tqg.as_released:
-                if model.tqg.as_released:
-                    raise CheckpointError(f"{path}: its weights were not made for model.as_released=true")
-                model.tqg.compute_as_released(True)
-                left += "; model.as_released=true from now on, for which these weights were made"
+            new = {queries} if weights[queries].shape != fresh[queries].shape else set()
+            note = f"; new: {queries}" if new else ""
+            if args["as_released"] != model.tqg.as_released:
+                model.tqg.compute_as_released(args["as_released"])
+                note += f"; model.as_released={args['as_released']} from now on, for which these weights were made"
         else:
-            weights, unused = _beit3_weights(state, path, grid, patch)
-            kind = f"BEiT-3 (not used: {', '.join(unused)})"
-            new, left = {name for name in fresh if not name.startswith("encoder.")}, "; new: everything but the encoder"
+            weights, unused = beit3.pretrained_weights(state, grid, patch)
+            kind, note = f"BEiT-3 (not used: {', '.join(unused)})", "; new: everything but the encoder"
+            new = {name for name in fresh if not name.startswith("encoder.")}
+            weights = {f"encoder.{name}": value for name, value in weights.items()}
         taken = {name: value for name, value in weights.items() if name not in new}
         load_strictly(model, {**{name: fresh[name] for name in new}, **taken}, path)
     model.tokenizer_digest = _tokenizer_digest(state, model)
-    return f"{path}: {kind}, {len(taken)} of {len(fresh)} tensors taken{left}"
-
-
-def _simvg_weights(state: dict) -> tuple[str, dict[str, Tensor], dict] | None:
-    """(what it is, tensors under this project's names, model arguments) of a SimVG checkpoint, own or official."""
-    if {"config", "model", "ema"} <= state.keys():
-        averaged = ", averaged weights" if state["ema"] else ""
-        return f"SimVG checkpoint{averaged}", {**state["model"], **state["ema"]}, state["config"]["model"]
-    official = state.get("ema_state_dict") or state.get("state_dict") or {}
-    official = {name.removeprefix("module."): value for name, value in official.items()}
-    if "head.query_embed.weight" not in official:
-        return None
-    averaged = ", averaged (EMA) weights" if state.get("ema_state_dict") else ""
-    return f"official SimVG checkpoint{averaged}", convert(official), _official_sizes(official)
-
-
-def _beit3_weights(state: dict, path: str | Path, grid: int, patch: int) -> tuple[dict[str, Tensor], list[str]]:
-    """The encoder's tensors of a BEiT-3 checkpoint, resized, under this project's names; and the names not used:
-    the mask token, and whatever lies outside the encoder, such as pre-training heads."""
-    found = state.get("model") or state.get("module") or state
-    encoder = {name.removeprefix("beit3."): v for name, v in found.items() if name.startswith("beit3.")}
-    if not encoder:
-        raise CheckpointError(f"{path}: holds neither SimVG nor BEiT-3 weights")
-    weights = beit3.convert(beit3.resize_pretrained(encoder, grid, patch))
-    unused = sorted(name for name in found if not name.startswith("beit3.") or name == f"beit3.{beit3.UNUSED}")
-    return {f"encoder.{name}": value for name, value in weights.items()}, unused
+    return f"{path}: {kind}, {len(taken)} of {len(fresh)} tensors taken{note}"
 
 
 def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Every tensor of the model is filled from a tensor of the same shape and none is left over, or CheckpointError."""
+    """Fill every tensor of the model from one of the same name and shape, with none left over, or CheckpointError."""
     for name, value in weights.items():
         if not (isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided):
             raise CheckpointError(f"{path}: {name} must be a tensor of floating point numbers, not {value!r:.60}")
@@ -440,13 +336,32 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str | Path
     want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if have != want:
         name = min((name for name in have.keys() | want.keys() if have.get(name) != want.get(name)), key=str)
-        found, wanted = have.get(name, "missing"), want.get(name, "nothing of that name")
-        raise CheckpointError(
-            f"{path}: does not fit the model: {name} is {found} in the file, the model wants {wanted}"
-        )
+        sizes = f"{have.get(name, 'missing')} in the file and {want.get(name, 'missing')} in the model"
+        raise CheckpointError(f"{path}: does not fit the model: {name!r} is {sizes}")
     model.load_state_dict(weights)
 
 
+def _simvg_weights(state: dict) -> tuple[str, dict[str, Tensor], dict]:
+    """Of a SimVG checkpoint, own or official: what it is, tensors under this project's names, arguments of SimVG. No
+    tensors: it is no such file."""
+    if {"config", "model", "ema"} <= state.keys():
+        averaged = ", averaged weights" if state["ema"] else ""
+        return f"SimVG checkpoint{averaged}", {**state["model"], **state["ema"]}, state["config"]["model"]
+    official = state.get("ema_state_dict") or state.get("state_dict") or {}
+    official = {name.removeprefix("module."): value for name, value in official.items()}
+    if "head.query_embed.weight" not in official:
+        return "", {}, {}
+    averaged = ", averaged (EMA) weights" if state.get("ema_state_dict") else ""
+    return f"official SimVG checkpoint{averaged}", convert(official), _official_sizes(official)
+
+
+def _tokenizer_digest(state: dict, model: SimVG) -> str | None:
+    """Of the tokenizer that the weights were trained with; None if the file does not say it."""
+    official = "config" not in state and model.encoder.text_embed.num_embeddings == BEIT3_WORDS
+    return BEIT3_TOKENIZER if official else state.get("tokenizer")
+
+
+# Official names -> names here, as regular expressions, applied one after the other.
 _HEAD_NAMES = {
     r"head\.text_guided_query_generation_transformer\.": "tqg.",
     r"head\.transformer\.decoder\.": "decoder_branch.",
@@ -487,85 +402,104 @@ def convert(official: dict[str, Tensor]) -> dict[str, Tensor]:
 def _official_sizes(official: dict[str, Tensor]) -> dict:
     """The arguments of SimVG, read off an official checkpoint's tensors."""
     shape = {name: value.shape for name, value in official.items()}
+    encoder, decoder = "vis_enc.beit3.encoder.layers", "head.transformer.decoder.layers"
+    tqg = "head.text_guided_query_generation_transformer.layers"
     vocab, width = shape["vis_enc.beit3.text_embed.weight"]
     patch = shape["vis_enc.beit3.vision_embed.proj.weight"][-1]
-    # 3: two rows never read, and the object token's
+    # 3: two rows that are never read, and the object token's
     grid = int((shape["vis_enc.beit3.encoder.embed_positions.A.weight"][0] - 3) ** 0.5)
-    tqg, decoder = "head.text_guided_query_generation_transformer.layers", "head.transformer.decoder.layers"
 
     def layers(prefix: str) -> int:
-        return 1 + max(int(name[len(prefix) + 1 :].split(".")[0]) for name in shape if name.startswith(f"{prefix}."))
+        return len({name[len(prefix) + 1 :].split(".")[0] for name in shape if name.startswith(f"{prefix}.")})
 
     return dict(
-        image_size=grid * patch,
-        patch_size=patch,
-        vocab_size=vocab,
-        encoder_width=width,
-        encoder_layers=layers("vis_enc.beit3.encoder.layers"),
-        encoder_heads=width // 64,
-        encoder_ffn=shape["vis_enc.beit3.encoder.layers.0.ffn.A.fc1.weight"][0],
-        drop_path=0.0,
+        **dict(image_size=grid * patch, patch_size=patch, vocab_size=vocab),
+        **dict(encoder_width=width, encoder_layers=layers(encoder), encoder_heads=width // 64, drop_path=0.0),
+        encoder_ffn=shape[f"{encoder}.0.ffn.A.fc1.weight"][0],
         head_width=shape["head.query_embed.weight"][1],
         queries=shape["head.query_embed.weight"][0],
-        tqg_layers=layers(tqg),
-        tqg_ffn=shape[f"{tqg}.0.ffns.0.layers.0.0.weight"][0],
-        decoder_layers=layers(decoder),
-        decoder_ffn=shape[f"{decoder}.0.ffns.0.layers.0.0.weight"][0],
-        dropout=0.0,
-        as_released=True,
+        **dict(tqg_layers=layers(tqg), tqg_ffn=shape[f"{tqg}.0.ffns.0.layers.0.0.weight"][0]),
+        **dict(decoder_layers=layers(decoder), decoder_ffn=shape[f"{decoder}.0.ffns.0.layers.0.0.weight"][0]),
+        **dict(dropout=0.0, as_released=True),
     )
 
 
-# ---------------------------------------------------------------------------------------------------- a first look
+def save(path: str | Path, state: dict) -> None:
+    """Write a checkpoint so that at every moment `path` is the old file or the whole new one."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # on disk before the old file is replaced
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError when the disk is full
+        part.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise CheckpointError(f"{path}: cannot be written (an older file stays as it was): {reason}") from None
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint file as plain tensors, numbers and strings, on the CPU. CheckpointError if it is anything else."""
+    # numpy's numbers, such as the best accuracy, are the only foreign objects in official files
+    allowed = [np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType]
+    with unpacking(path), torch.serialization.safe_globals(allowed):
+        if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe or a device might never end
+            raise CheckpointError(f"{path}: is not a regular file")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if damaged := file.testzip():  # compares checksums, which torch.load does not
+                    raise CheckpointError(f"{path}: is damaged, the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{path}: is not a checkpoint: it holds a {type(state).__name__}")
+    return state
+
+
+@contextmanager
+def unpacking(path: str | Path) -> Iterator[None]:
+    """Inside, a checkpoint is read and used. An error that its contents cause becomes one line that names the file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # contents that are wrong can raise anything
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it wants to run code ({code[1]})" if code else f"{error!r:.200}"
+        size = f"{os.path.getsize(path):,} bytes; an unfinished download, or another kind of file?"
+        raise CheckpointError(f"{path}: is not a whole checkpoint ({size}): {reason}") from None
+
+
+# ------------------------------------------------------------------------------------------------ a first look
 
 
 def main() -> None:
-    """Print every stage of a tiny model, from pixels and words to boxes: shape and parameters."""
-    model = SimVG(
+    """Print every stage of a tiny model, from pixels and words to boxes: shapes and parameters."""
+    net = SimVG(
         **dict(image_size=64, patch_size=16, vocab_size=100, head_width=32, queries=1, as_released=False),
         **dict(encoder_width=64, encoder_layers=2, encoder_heads=4, encoder_ffn=128, drop_path=0.0),
         **dict(tqg_layers=1, tqg_ffn=64, decoder_layers=2, decoder_ffn=64, dropout=0.0),
     ).eval()
+    stages = {"patches": net.encoder.patch_embed, "words": net.encoder.text_embed}
+    stages |= {f"encoder layer {i}: image, text": layer for i, layer in enumerate(net.encoder.layers, 1)}
+    stages |= {"object token and patches": net.encoder.image_norm, "text tokens": net.encoder.text_norm}
+    stages |= {"text-guided queries, Eq. 8": net.tqg, "decoder branch, Eq. 2: logits, boxes": net.decoder_branch}
+    stages |= {"token branch, Eq. 3: logits, boxes": net.token_branch}
 
-    def stage(name: str, value: Tensor, *owners: nn.Module | nn.Parameter) -> None:
-        counts = [
-            owner.numel() if isinstance(owner, Tensor) else sum(p.numel() for p in owner.parameters())
-            for owner in owners
-        ]
-        print(f"{name:42} {str(tuple(value.shape)):18}" + (f"{sum(counts):>12,}" if owners else ""))
+    def show(title: str, output: Tensor | tuple[Tensor, ...], parameters: Iterable[Tensor]) -> None:
+        shapes = " ".join(str(tuple(x.shape)) for x in (output if isinstance(output, tuple) else (output,)))
+        print(f"{title:38} {shapes:30}{sum(p.numel() for p in parameters):>10,}")
 
+    for title, module in stages.items():
+        module.register_forward_hook(lambda module, _, output, title=title: show(title, output, module.parameters()))
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     tokens = torch.tensor([[0, 7, 8, 9, 2, 1], [0, 7, 8, 9, 10, 2]])  # <s> the left dog </s> <pad>
-    pad = tokens == 1
-    encoder, tqg, decoder, token = model.encoder, model.tqg, model.decoder_branch, model.token_branch
-    print(f"{'stage':42} {'shape':18}{'parameters':>12}")
-    stage("images", images)
-    stage("tokens", tokens)
-    image, text, attn_mask = encoder.embed(model.normalise(images), tokens, pad)
-    stage(
-        "image: object token and patches, Eq. 1",
-        image,
-        encoder.patch_embed,
-        encoder.object_token,
-        encoder.image_positions,
-    )
-    stage("text", text, encoder.text_embed, encoder.text_positions)
-    for i, layer in enumerate(encoder.layers):
-        image, text = layer(image, text, attn_mask)
-        stage(f"encoder layer {i + 1}: image expert", image, layer.image)
-        stage("                 text expert", text, layer.text)
-    image, text = encoder.image_norm(image), encoder.text_norm(text)
-    object_token, image = image[:, : beit3.OBJECT_TOKENS].mean(1), image[:, beit3.OBJECT_TOKENS :]
-    stage("object token", object_token, encoder.image_norm)
-    stage("text tokens", text, encoder.text_norm)
-    queries = tqg(text, pad)
-    stage("text-guided queries, Eq. 8", queries, tqg)
-    _, boxes = decoder(image, queries)
-    stage("decoder branch, Eq. 2: boxes of each layer", boxes, decoder)
-    logits, boxes = token(object_token, queries)
-    stage("token branch, Eq. 3: boxes", boxes, token)
-    stage("              logits: object, no object", logits)
-    print(f"{'all':61}{sum(p.numel() for p in model.parameters()):>12,}")
+    net(images, tokens, tokens == 1)
+    show("object token and positions, Eq. 1", net.encoder.object_token, net.encoder.parameters(recurse=False))
+    show("all", (), net.parameters())
 
 
 if __name__ == "__main__":

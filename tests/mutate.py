@@ -245,7 +245,7 @@ def checkpoints(folder: Path, rng: random.Random) -> None:
     torch.save(state, path)
     use = rng.choice(("load", "initialise", "resume" if kind in ("last", "best") else "load"))
     if use == "load":
-        models.load_with_config(path, **({} if kind in ("last", "best") else {"encoder_heads": 4}))
+        models.load(path, **({} if kind in ("last", "best") else {"encoder_heads": 4}))
     elif use == "initialise":
         sizes = {**models._official_sizes(official_state()), "encoder_heads": 4}
         models.initialise(tiny_model() if kind in ("last", "best") else models.SimVG(**sizes), path)

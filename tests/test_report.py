@@ -90,7 +90,9 @@ def test_a_trained_checkpoint_gets_a_report_and_pictures_of_its_attention(shapes
 def test_attention_maps_are_those_of_the_usual_path():
     model, (images, tokens, pad) = tiny_model(queries=3), tiny_inputs()
     with torch.inference_mode():
-        maps = model.encoder.attention_maps(model.normalise(images), tokens, pad)  # (layers, B, T, T)
+        maps = []
+        model.encoder(model.normalise(images), tokens, pad, maps=maps)
+        maps = torch.stack(maps)  # (layers, B, T, T)
         assert torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5)
         assert (maps[..., 17:][pad[None, :, None].expand(2, -1, 23, -1)] == 0).all()
         # one head, values that are the identity of a token: what attention puts out is its own map
@@ -106,8 +108,8 @@ def test_attention_maps_are_those_of_the_usual_path():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-            layer(image, text, attn_mask)
-        assert torch.allclose(layer.attention_map(image, text, attn_mask), seen["map"], atol=1e-6)
+            layer(image, text, attn_mask, maps=(found := []))
+        assert torch.allclose(found[0], seen["map"], atol=1e-6)
         shares = model.attention_maps(images, tokens, pad)
     assert shares.object_token.shape == (2, 3, 16) and shares.words.shape == (2, 3, 6, 16)
     assert shares.queries.shape == (2, 3, 3, 16)
@@ -194,6 +196,6 @@ def test_a_grec_report_draws_its_curve(browser, tmp_path):
 def test_the_walk_through_a_tiny_model_prints_every_stage_down_to_the_boxes():
     done = program("model.py", cwd=ROOT)
     assert re.search(r"^text-guided queries, Eq. 8 +\(2, 1, 32\) +[\d,]+$", done.stdout, re.M)
-    assert re.search(r"^token branch, Eq. 3: boxes +\(2, 1, 4\) +[\d,]+$", done.stdout, re.M)
+    assert re.search(r"^token branch, Eq. 3: logits, boxes +\(2, 1, 2\) \(2, 1, 4\) +[\d,]+$", done.stdout, re.M)
     parts = [int(n.replace(",", "")) for n in re.findall(r" ([\d,]+)$", done.stdout, re.M)]
     assert sum(parts[:-1]) == parts[-1], "some parameters belong to no stage"
