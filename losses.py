@@ -45,10 +45,8 @@ def iou_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def detection_loss(
     logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor, norm: Tensor, no_object: float
 ) -> Tensor:
-    """L_det of Eq. 4, summed over the P predictions: 1 cross entropy + 5 L1 + 2 (1 - GIoU). A scalar.
-
-    logits (P, B, Q, 2), boxes (P, B, Q, 4), targets (B, M, 4), matched (P, B, Q), norm (2,) from `step_normalisers`.
-    """
+    """L_det of Eq. 4, summed over the P predictions: 1 cross entropy + 5 L1 + 2 (1 - GIoU). A scalar. logits (P, B, Q, 2),
+    boxes (P, B, Q, 4), targets (B, M, 4), matched (P, B, Q), norm (2,) from `step_normalisers`."""
     has_target = matched >= 0  # (P, B, Q)
     # flattened, because cross entropy over a middle dimension has no deterministic CUDA kernel
     label, weight = (~has_target).long().flatten(), torch.where(has_target, 1.0, no_object).flatten()
@@ -61,20 +59,19 @@ def detection_loss(
 
 
 @torch.no_grad()
-def match(
-    logits: Tensor, boxes: Tensor, targets: Tensor, target_mask: Tensor, teacher_boxes: Tensor | None = None
-) -> Tensor:
+def match(logits: Tensor, boxes: Tensor, targets: Tensor, target_mask: Tensor) -> Tensor:
     """Eq. 5: logits (P, B, Q, 2), boxes (P, B, Q, 4), targets (B, M, 4), target_mask (B, M) -> (P, B, Q) int64, the
     number of each query's target, -1 = none. Each of the P predictions is matched by itself.
 
-    With `teacher_boxes` (B, Q, 4) the result is (P + 1, B, Q). Its last row matches the student (prediction P - 1) to
-    those boxes of the teacher (prediction P - 2) whose own query has a target. All costs travel to the host at once.
+    For distillation, targets (B, M + Q, 4) continue with the boxes of the teacher, which is prediction P - 2. A row is
+    then appended, (P + 1, B, Q): the student, prediction P - 1, matched to those boxes whose own query has a target.
     """
-    (P, B, Q, _), M = boxes.shape, targets.shape[1]
+    (P, B, Q, _), M = boxes.shape, target_mask.shape[1]
+    distil = targets.shape[1] > M
     if Q == M == 1:  # REC: there is nothing to choose
-        return torch.where(target_mask, 0, -1).expand(P + (teacher_boxes is not None), B, 1)
-    columns = targets if teacher_boxes is None else torch.cat([targets, teacher_boxes], dim=1)  # (B, M [+ Q], 4)
-    pairs = boxes[:, :, :, None], columns[None, :, None]  # (P, B, Q, 1, 4), (1, B, 1, M [+ Q], 4)
+        matched = torch.where(target_mask, 0, -1).expand(P, B, 1)
+        return torch.cat([matched, torch.where(target_mask, 1, -1)[None]]) if distil else matched
+    pairs = boxes[:, :, :, None], targets[None, :, None]  # (P, B, Q, 1, 4), (1, B, 1, M [+ Q], 4)
     l1 = (pairs[0] - pairs[1]).abs().sum(-1)  # (P, B, Q, M [+ Q])
     score = logits.softmax(-1)[..., :1]  # (P, B, Q, 1)
     cost = L1 * l1 - CLASS * score - GIOU * iou_giou(*pairs)[1]
@@ -84,7 +81,7 @@ def match(
 
 
 def match_on_host(cost: Tensor, M: int) -> list[list[list[int]]]:
-    """cost (P, B, Q, M), or (P, B, Q, M + Q) with a teacher -> what `match` returns, as lists."""
+    """cost (P, B, Q, M), or (P, B, Q, M + Q) for distillation -> what `match` returns, as lists."""
 
     def matched(costs: list[list[float]], columns: list[int]) -> list[int]:
         """The column of each query, -1 = none."""
@@ -92,21 +89,18 @@ def match_on_host(cost: Tensor, M: int) -> list[list[list[int]]]:
         column = {query: columns[j] for query, j in pairs}
         return [column.get(query, -1) for query in range(len(costs))]
 
-    every_cost = cost.tolist()
+    every_cost = cost.tolist()  # all at once, because each trip to the host waits for the device
     result = [[matched(c, [j for j in range(M) if c[0][j] < math.inf]) for c in costs] for costs in every_cost]
     if cost.shape[3] > M:
         students = zip(every_cost[-1], result[-2], strict=True)
-        again = [matched(c, [M + q for q, target in enumerate(teacher) if target >= 0]) for c, teacher in students]
-        result.append([[max(column - M, -1) for column in columns] for columns in again])
+        result.append([matched(c, [M + q for q, j in enumerate(teacher) if j >= 0]) for c, teacher in students])
     return result
 
 
 @torch.no_grad()
 def teacher_weight(logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor) -> Tensor:
-    """W_dt of Eq. 6: the mean over matched pairs of IoU x score of the decoder's boxes; 0 without any pair (D8).
-
-    logits (B, Q, 2), boxes (B, Q, 4), targets (B, M, 4), matched (B, Q). One number for the batch of all ranks.
-    """
+    """W_dt of Eq. 6: the mean over matched pairs of IoU x score of the decoder's boxes; 0 without any pair (D8). logits
+    (B, Q, 2), boxes (B, Q, 4), targets (B, M, 4), matched (B, Q). One number for the batch of all ranks."""
     has_target = matched >= 0  # (B, Q)
     wanted = targets.gather(1, matched.clamp(min=0)[..., None].expand(-1, -1, 4))  # (B, Q, 4)
     quality = iou_giou(boxes, wanted)[0] * logits.softmax(-1)[..., 0] * has_target  # (B, Q)
@@ -126,38 +120,34 @@ def simvg_loss(
 ) -> dict[str, Tensor]:
     """The total loss at the head of this file (D1); targets (B, M, 4) and target_mask (B, M) are the truth.
 
-    Returns scalars: `total`, its terms `decoder`, `token_on_truth`, `token_on_teacher`, and W_dt as `teacher_weight`.
-    A factor of None leaves its term out, and a branch that no term needs may be None in `output`. Without a teacher
-    there is no W_dt, and the token branch learns from the truth alone. `norm` is what `step_normalisers` gives for the
-    whole step; without it this batch is the whole step.
+    Returns scalars: `total`, its terms by their factors' names, and W_dt as `teacher_weight`. A factor of None leaves
+    its term out, and a branch that no term needs may be None in `output`. Without a teacher there is no W_dt. `norm` is
+    what `step_normalisers` gives for the whole step; without it this batch is the whole step.
     """
-    student = None if output.token_logits is None else (output.token_logits[None], output.token_boxes[None])
-    predictions = [(output.decoder_logits, output.decoder_boxes)] if output.decoder_logits is not None else []
-    predictions += [student] if student else []
-    logits, boxes = (torch.cat(each) for each in zip(*predictions, strict=True))  # (P, B, Q, 2), (P, B, Q, 4)
+    branches = {"decoder": (output.decoder_logits, output.decoder_boxes)} if output.decoder_logits is not None else {}
+    if output.token_logits is not None:
+        branches["token"] = output.token_logits[None], output.token_boxes[None]  # (1, B, Q, 2), (1, B, Q, 4)
+    logits, boxes = (torch.cat(each) for each in zip(*branches.values(), strict=True))  # (P, B, Q, 2), (P, B, Q, 4)
     if norm is None:
         norm = step_normalisers(count_targets(target_mask, logits.shape[2], no_object))
-    teacher_boxes = None if token_on_teacher is None else output.decoder_boxes[-1].detach()  # (B, Q, 4)
-    matched = match(logits, boxes, targets, target_mask, teacher_boxes)  # (P, B, Q), with a teacher (P + 1, B, Q)
-    last = len(logits) - 1  # the student's prediction
-
-    terms, on_truth = {}, token_on_truth
-    if decoder is not None:
-        layers = output.decoder_logits, output.decoder_boxes  # (K, B, Q, 2), (K, B, Q, 4)
-        terms["decoder"] = decoder * detection_loss(*layers, targets, matched[: len(layers[0])], norm, no_object)
     if token_on_teacher is not None:
-        w_dt = teacher_weight(output.decoder_logits[-1], teacher_boxes, targets, matched[last - 1])
-        loss = detection_loss(*student, teacher_boxes, matched[-1:], norm, no_object)
-        terms["token_on_teacher"] = token_on_teacher * w_dt * loss
-        on_truth = None if token_on_truth is None else token_on_truth * (1 - w_dt)
-    if on_truth is not None:
-        loss = detection_loss(*student, targets, matched[last : last + 1], norm, no_object)
-        terms["token_on_truth"] = on_truth * loss
+        targets = torch.cat([targets, output.decoder_boxes[-1].detach()], dim=1)  # (B, M + Q, 4)
+    matched = match(logits, boxes, targets, target_mask)  # (P, B, Q), or (P + 1, B, Q)
+    student = len(logits) - 1  # the number of its prediction; those before are the decoder's
+
+    terms, share_of_truth, rest = {}, 1.0, (norm, no_object)
+    if decoder is not None:
+        loss = detection_loss(*branches["decoder"], targets, matched[: len(output.decoder_logits)], *rest)
+        terms["decoder"] = decoder * loss
+    if token_on_teacher is not None:
+        w_dt = teacher_weight(output.decoder_logits[-1], output.decoder_boxes[-1], targets, matched[student - 1])
+        loss = detection_loss(*branches["token"], targets, matched[student + 1 :], *rest)
+        terms["token_on_teacher"], share_of_truth = token_on_teacher * w_dt * loss, 1 - w_dt
+    if token_on_truth is not None:
+        loss = detection_loss(*branches["token"], targets, matched[student : student + 1], *rest)
+        terms["token_on_truth"] = token_on_truth * share_of_truth * loss
     terms["total"] = sum(terms.values())
     return terms if token_on_teacher is None else {**terms, "teacher_weight": w_dt}
-
-
-# ------------------------------------------------------------------------------------------------- normalisers
 
 
 def global_sum(counts: Tensor) -> Tensor:
@@ -184,22 +174,17 @@ def step_normalisers(counts: Tensor) -> Tensor:
 
 
 def assign(cost: Tensor | Sequence[Sequence[float]]) -> tuple[list[int], list[int]]:
-    """Exact minimum-cost assignment: cost (N, M) -> min(N, M) pairs as (rows, cols), rows ascending.
-
-    Shortest augmenting paths with potentials (Jonker and Volgenant), O(min(N, M)^2 max(N, M)).
-    ValueError if a cost is not finite.
-    """
+    """Exact minimum-cost assignment: cost (N, M) -> min(N, M) pairs as (rows, cols), rows ascending. ValueError if a
+    cost is not finite. Shortest augmenting paths (Jonker and Volgenant), O(min(N, M)^2 max(N, M))."""
     matrix = cost.tolist() if isinstance(cost, Tensor) else [list(row) for row in cost]
     if not all(math.isfinite(value) for row in matrix for value in row):
         raise ValueError("a matching cost is not finite: some predicted or target box is NaN or infinite")
     if not matrix or not matrix[0]:
         return [], []
-    if len(matrix) <= len(matrix[0]):
-        pairs = list(enumerate(_assign_rows(matrix)))
-    else:  # the search wants the short side as its rows
-        columns = [list(column) for column in zip(*matrix, strict=True)]
-        pairs = sorted((row, col) for col, row in enumerate(_assign_rows(columns)))
-    return [row for row, _ in pairs], [col for _, col in pairs]
+    rows_are_fewer = len(matrix) <= len(matrix[0])  # the search wants the short side as its rows
+    short = matrix if rows_are_fewer else [list(column) for column in zip(*matrix, strict=True)]
+    pairs = [(i, j) if rows_are_fewer else (j, i) for i, j in enumerate(_assign_rows(short))]
+    return [row for row, _ in sorted(pairs)], [col for _, col in sorted(pairs)]
 
 
 def _assign_rows(cost: list[list[float]]) -> list[int]:
@@ -212,9 +197,7 @@ def _assign_rows(cost: list[list[float]]) -> list[int]:
         row, col, base = start, -1, 0.0
         while row >= 0:  # grow the tree of shortest paths until it reaches a free column
             nearest = -1
-            for j in range(m):
-                if done[j]:
-                    continue
+            for j in (j for j in range(m) if not done[j]):
                 reach = base + cost[row][j] - row_potential[row] - col_potential[j]
                 if reach < distance[j]:
                     distance[j], reached_from[j] = reach, col
@@ -223,11 +206,10 @@ def _assign_rows(cost: list[list[float]]) -> list[int]:
             col, base = nearest, distance[nearest]
             done[col] = True
             row = owner[col]  # -1: the column is free
-        for j in range(m):  # keep all reduced costs at zero or above
-            if done[j]:
-                if owner[j] >= 0:
-                    row_potential[owner[j]] += base - distance[j]
-                col_potential[j] -= base - distance[j]
+        for j in (j for j in range(m) if done[j]):  # keep all reduced costs at zero or above
+            if owner[j] >= 0:
+                row_potential[owner[j]] += base - distance[j]
+            col_potential[j] -= base - distance[j]
         row_potential[start] += base
         while col >= 0:  # flip the path: each column on it goes to the row it was reached from
             previous = reached_from[col]

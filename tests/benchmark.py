@@ -457,22 +457,22 @@ def gains(title: str, taken: dict[str, float]) -> None:
 # ---- losses
 
 
-def usual_match(
-    logits: Tensor, boxes: Tensor, targets: Tensor, mask: Tensor, teacher_boxes: Tensor | None = None
-) -> Tensor:
+def usual_match(logits: Tensor, boxes: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """Layer by layer and sample by sample, with a cost tensor for each, as DETR-like code does."""
     result = torch.full(boxes.shape[:3], -1)
+    M = mask.shape[1]
     for k in range(len(boxes)):
         for b in range(len(targets)):
-            own = targets[b][mask[b]]
+            own = targets[b, :M][mask[b]]
             cost = losses.L1 * torch.cdist(boxes[k, b], own, p=1) - losses.CLASS * logits[k, b].softmax(-1)[:, :1]
             cost = cost - losses.GIOU * losses.iou_giou(boxes[k, b][:, None], own[None])[1]
             rows, columns = losses.assign(cost)
             result[k, b, rows] = mask[b].nonzero()[:, 0].cpu()[columns]
     result = result.to(boxes.device)
-    if teacher_boxes is None:
+    if targets.shape[1] == M:
         return result
-    return torch.cat([result, usual_match(logits[-1:], boxes[-1:], teacher_boxes, result[-2] >= 0)])
+    again = usual_match(logits[-1:], boxes[-1:], targets[:, M:], result[-2] >= 0)  # the student and the teacher's boxes
+    return torch.cat([result, torch.where(again >= 0, again + M, -1)])
 
 
 def matching(batch: int = 32, queries: int = 10, layers: int = 3, rounds: int = 15) -> None:
