@@ -45,8 +45,8 @@ def iou_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def detection_loss(
     logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor, norm: Tensor, no_object: float
 ) -> Tensor:
-    """L_det of Eq. 4, summed over the P predictions: 1 cross entropy + 5 L1 + 2 (1 - GIoU). A scalar. logits (P, B, Q, 2),
-    boxes (P, B, Q, 4), targets (B, M, 4), matched (P, B, Q), norm (2,) from `step_normalisers`."""
+    """L_det of Eq. 4, summed over the P predictions: 1 cross entropy + 5 L1 + 2 (1 - GIoU). A scalar. logits
+    (P, B, Q, 2), boxes (P, B, Q, 4), targets (B, M, 4), matched (P, B, Q), norm (2,) from `step_normalisers`."""
     has_target = matched >= 0  # (P, B, Q)
     # flattened, because cross entropy over a middle dimension has no deterministic CUDA kernel
     label, weight = (~has_target).long().flatten(), torch.where(has_target, 1.0, no_object).flatten()

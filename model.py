@@ -278,10 +278,10 @@ def keep_in_16_bits(model: SimVG, amp: torch.dtype) -> None:
 
 def load(path: str | Path, device: str | torch.device = "cpu", **model_args) -> SimVG:
     """A SimVG in eval mode from this project's checkpoint or an official SimVG .pth, with averaged (EMA) weights where
-    there are any.
+    there are any. CheckpointError: any misfit.
 
     From an official file sizes are read off the tensors, with heads 64 wide and `as_released=True`. `model_args`
-    replace what the file says, such as `encoder_heads` where heads are not 64 wide. CheckpointError: any misfit.
+    replace what the file says, such as `encoder_heads` where heads are not 64 wide.
     """
     state = read_checkpoint(path)
     with unpacking(path):
@@ -297,34 +297,33 @@ def load(path: str | Path, device: str | torch.device = "cpu", **model_args) -> 
 
 
 def initialise(model: SimVG, path: str | Path) -> str:
-    """Start `model` from a BEiT-3 file, a checkpoint of this project or an official SimVG .pth. Returns one line that
-    says what was taken.
+    """Start `model` from a BEiT-3 file, a checkpoint of this project or an official SimVG .pth -> what was taken.
 
-    A BEiT-3 file must fill the whole encoder, a SimVG file everything. Two things may differ: image positions are
-    resized to another grid, and another number of queries starts anew. `as_released` is taken over from a SimVG file.
-    CheckpointError: any other misfit.
+    A BEiT-3 file must fill the whole encoder, a SimVG file everything. Image positions are resized to another grid, and
+    another number of queries starts anew. `as_released` is taken over. CheckpointError: any other misfit.
     """
-    state, fresh = read_checkpoint(path), model.state_dict()
-    grid, patch = model.encoder.grid, model.encoder.patch_embed.kernel_size[0]
-    positions, queries = "encoder.image_positions", "tqg.query_embed.weight"
+    state, fresh, new, note = read_checkpoint(path), model.state_dict(), set(), ""
     with unpacking(path):
-        kind, weights, args = _simvg_weights(state)
+        origin, weights, args = _simvg_weights(state)
         if weights:
-            weights[positions] = beit3.resize_positions(weights[positions], grid, extra=beit3.OBJECT_TOKENS)
-            new = {queries} if weights[queries].shape != fresh[queries].shape else set()
-            note = f"; new: {queries}" if new else ""
+            positions, queries = "encoder.image_positions", "tqg.query_embed.weight"
+            weights[positions] = beit3.resize_positions(weights[positions], model.encoder.grid, beit3.OBJECT_TOKENS)
+            if weights[queries].shape != fresh[queries].shape:
+                new, note = {queries}, f"; new: {queries}"
             if args["as_released"] != model.tqg.as_released:
                 model.tqg.compute_as_released(args["as_released"])
                 note += f"; model.as_released={args['as_released']} from now on, for which these weights were made"
         else:
-            weights, unused = beit3.pretrained_weights(state, grid, patch)
-            kind, note = f"BEiT-3 (not used: {', '.join(unused)})", "; new: everything but the encoder"
+            patch = model.encoder.patch_embed.kernel_size[0]
+            encoder, unused = beit3.pretrained_weights(state, model.encoder.grid, patch)
+            weights = {f"encoder.{name}": value for name, value in encoder.items()}
             new = {name for name in fresh if not name.startswith("encoder.")}
-            weights = {f"encoder.{name}": value for name, value in weights.items()}
+            note = "; new: everything but the encoder"
+            origin = f"BEiT-3 (not used: {', '.join(unused)})"
         taken = {name: value for name, value in weights.items() if name not in new}
         load_strictly(model, {**{name: fresh[name] for name in new}, **taken}, path)
     model.tokenizer_digest = _tokenizer_digest(state, model)
-    return f"{path}: {kind}, {len(taken)} of {len(fresh)} tensors taken{note}"
+    return f"{path}: {origin}, {len(taken)} of {len(fresh)} tensors taken{note}"
 
 
 def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
@@ -464,13 +463,10 @@ def unpacking(path: str | Path) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # contents that are wrong can raise anything
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it wants to run code ({code[1]})" if code else f"{error!r:.200}"
-        size = f"{os.path.getsize(path):,} bytes; an unfinished download, or another kind of file?"
-        raise CheckpointError(f"{path}: is not a whole checkpoint ({size}): {reason}") from None
+        reason = f"it wants to run code ({code[1]})" if code else getattr(error, "strerror", None) or f"{error!r:.200}"
+        raise CheckpointError(f"{path}: is not a whole checkpoint of the expected kind: {reason}") from None
 
 
 # ------------------------------------------------------------------------------------------------ a first look

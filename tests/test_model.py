@@ -5,7 +5,10 @@ import errno
 import os
 import pickle
 import random
+import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ import torch
 import beit3
 import data
 import model as models
-from conftest import ROOT, TINY, golden, official_model, official_state, tiny_inputs, tiny_model
+from conftest import ROOT, TINY, environment, golden, official_model, official_state, tiny_inputs, tiny_model
 
 
 def test_each_branch_can_be_asked_for_alone_and_answers_the_same():
@@ -27,6 +30,21 @@ def test_each_branch_can_be_asked_for_alone_and_answers_the_same():
                     torch.testing.assert_close(getattr(alone, name), getattr(both, name))
                 else:
                     assert getattr(alone, name) is None
+
+
+def test_the_method_works_when_its_three_files_are_copied_into_an_empty_folder(tmp_path):
+    for name in ("model.py", "beit3.py", "losses.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('sentencepiece', 'pycocotools', 'tqdm', 'data')))"
+    (tmp_path / "use.py").write_text(f"""{blocked}
+import torch, losses, model
+net = model.SimVG(**{TINY})
+images, tokens = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.ones(2, 6, dtype=torch.int64)
+output = net(images, tokens, torch.zeros(2, 6, dtype=torch.bool))
+losses.simvg_loss(output, torch.full((2, 1, 4), 0.5), torch.ones(2, 1, dtype=torch.bool))["total"].backward()
+""")
+    done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_shapes_of_the_output_are_those_of_the_contract():

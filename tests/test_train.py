@@ -99,7 +99,8 @@ import data, evaluate, train
 recipe, choices, *settings = sys.argv[1:]
 rank, world, device = evaluate.join_ranks()
 config = data.load_config(recipe, settings)
-rows, collate = data.read_rows(config["data"], "train"), evaluate.load_collate(config)
+rows, text = data.read_rows(config["data"], "train"), config["data"]
+collate = data.Collate(data.Tokenizer(text["tokenizer"]), text["max_tokens"])
 batch = collate([data.Dataset(rows, 32)[0, 8 * rank + i] for i in range(8)])
 for factors in json.loads(choices):
     names = "loss_decoder", "loss_token_on_truth", "loss_token_on_teacher"
