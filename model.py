@@ -330,7 +330,8 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str | Path
     """Fill every tensor of the model from one of the same name and shape, with none left over, or CheckpointError."""
     for name, value in weights.items():
         if not (isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided):
-            raise CheckpointError(f"{path}: {name} must be a tensor of floating point numbers, not {value!r:.60}")
+            kind = f"{value.layout} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise CheckpointError(f"{path}: {name!r} must be a dense tensor of floating point numbers, not {kind}")
     have = {name: tuple(value.shape) for name, value in weights.items()}
     want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if have != want:

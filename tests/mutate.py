@@ -22,6 +22,8 @@ from functools import cache
 from io import StringIO
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import test_annotations as layouts
 import torch
 
