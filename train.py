@@ -4,30 +4,25 @@
     torchrun --nproc_per_node 8 train.py --config configs.json:refcoco --init beit3_base_patch16_224.zip
 
 A run writes config.json, metrics.jsonl (a JSON object per line), last.pt (all that --resume needs), best.pt (the best
-weights), curves.png and samples.png. Every random choice is a function of (seed, epoch, step), so nothing random is
-stored: on one CPU process a resumed run equals an uninterrupted one bit for bit.
-
-The keys of the config's section `train`:
+weights), curves.png and samples.png. Every random choice is a function of (seed, epoch, step) and none is stored: on
+one CPU process a resumed run equals an uninterrupted one bit for bit. The keys of the config's section `train`:
 
     seed                  of the initial weights, the order of the rows, the choice of expressions, jitter and dropout
     epochs                passes over the rows of the training split; a pass takes one expression of each row
     batch_size            examples per optimiser step, of all ranks together
     micro_batch           most examples that a rank computes at once; it accumulates the gradients of several (D12)
     lr, lr_encoder        learning rates of the heads and of the pre-trained encoder, after the warm-up
-    betas, eps, amsgrad   Adam's decay rates, the constant in its denominator, whether it divides by the largest moment
-    weight_decay          L2 penalty that Adam adds to the gradient
+    betas, eps, amsgrad, weight_decay    arguments of torch.optim.Adam
     clip_norm             a gradient with a larger L2 norm, over all weights, is scaled down to this one
     warmup_epochs         epochs over which the rates rise, by the same amount before each epoch
-    decay_epochs          epochs, counted from 1, with which the rates change by decay_factor; null: a linear fall to 0
-    decay_factor          what the rates are multiplied by with each of decay_epochs
+    decay_epochs, decay_factor    epochs (1, 2, ...) with which the rates change by the factor; null: a linear fall to 0
     ema, ema_decay        whether to evaluate and keep averaged weights; the part of the average that a step keeps
     loss_decoder, loss_token_on_truth, loss_token_on_teacher    factors of the loss terms (losses.py); null: left out
     no_object_weight      weight of the class "no object" in the cross entropy
     amp                   precision of the encoder: "" (float32), "bf16" or "fp16"; the heads stay in float32
     checkpointing         save memory: recompute each encoder layer in the backward pass (activation checkpointing)
     compile               compile the encoder's layers with torch.compile
-    evaluate_every        evaluate the first of data.eval_splits after every so many epochs, and after the last one
-    evaluate_from         the first epoch, counted from 1, after which that may happen
+    evaluate_every, evaluate_from    epochs between evaluations of the first of data.eval_splits; the first of them
     save_minutes          minutes between two saves of last.pt within an epoch; one more comes after every epoch
 """
 
@@ -78,6 +73,7 @@ class TrainState:
     rows: Sequence[data.Row] = ()  # of the training split
     splits: dict[str, data.Dataset] = field(default_factory=dict)  # those to evaluate
     collate: data.Collate | None = None
+    micro: int = 1  # examples that this rank computes at once
     digests: dict[str, str] = field(default_factory=dict)  # of "rows" and "tokenizer"; checkpoints name theirs
     # Epochs done, steps done in the current epoch and in all, steps skipped, the best accuracy: saved in checkpoints.
     progress: dict = field(default_factory=lambda: dict(epoch=0, step_in_epoch=0, step=0, skipped=0, best=-1.0))
@@ -91,34 +87,26 @@ class TrainState:
 
 def main() -> None:
     # 1. Read and check all input, build the model, take the folder.
-    args = parse_arguments()
-    config = data.load_config(args.config, args.set)
-    settings = config["train"]
-    rank, world, device = evaluate.join_ranks()
-    micro = micro_batch(settings["batch_size"], settings["micro_batch"], world)
-    state = set_up(args, config, rank, world, device)
-    progress = state.progress
-
+    state = set_up(parse_arguments())
+    config, settings, progress = state.config, state.config["train"], state.progress
+    rank, world, device = state.rank, state.world, state.model.device
     # 2. The stream of micro-batches, from the first step still to do. Each rank gets its share of every step.
     train_set = data.Dataset(state.rows, config["model"]["image_size"], settings["seed"], config["data"]["jitter"])
     start = progress["epoch"], progress["step_in_epoch"]
-    sampler = data.MicroBatchSampler(len(state.rows), settings, micro, start, rank, world)
-    pin = device.type == "cuda"
-    stream = data.batches(train_set, state.collate, sampler, config["data"]["workers"], pin)
-    per_step = settings["batch_size"] // world // micro  # micro-batches
-
+    sampler = data.MicroBatchSampler(len(state.rows), settings, state.micro, start, rank, world)
+    stream = data.batches(train_set, state.collate, sampler, config["data"]["workers"], pin=device.type == "cuda")
+    per_step = settings["batch_size"] // world // state.micro  # micro-batches
     # 3. From now on a signal only leaves a mark, which is looked at between steps and between evaluation batches.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: state.signals.append(received))
     if rank == 0:
-        what = f"{settings['batch_size']} examples ({micro} at a time), {world} rank(s) on {device.type}"
-        print(f"{state.out}: {settings['epochs'] * sampler.steps - progress['step']} steps of {what}", file=sys.stderr)
+        print(f"{state.out}: {world} rank(s) on {device.type}, micro-batches of {state.micro}", file=sys.stderr)
 
     # 4. The loop.
     for epoch in range(progress["epoch"], settings["epochs"]):
         state.model.train()
-        left = range(progress["step_in_epoch"], sampler.steps)
-        for step in tqdm(left, f"epoch {epoch + 1}", leave=False, disable=None if rank == 0 else True):
+        steps = range(progress["step_in_epoch"], sampler.steps)
+        for step in tqdm(steps, f"epoch {epoch + 1}", disable=rank > 0 or None):  # None: no bar in a file
             began = time.monotonic()
             micro_batches = next_micro_batches(state, stream, per_step)  # or the end, after a signal
             waited = time.monotonic() - began
@@ -129,7 +117,7 @@ def main() -> None:
             except RuntimeError as error:
                 if "allocate" not in str(error):
                     raise
-                raise InputError(f"out of memory with {micro} examples at a time: {LESS_MEMORY}") from None
+                raise InputError(f"out of memory with {state.micro} examples at a time: {LESS_MEMORY}") from None
             progress |= {"step_in_epoch": step + 1, "step": progress["step"] + 1}
             update_ema(state.ema, state.model, settings["ema_decay"], progress["step"])
             if terms["grad_norm"].isfinite():  # the only wait for the device (in REC), after all its work is queued
@@ -158,8 +146,7 @@ def train_step(state: TrainState, micro_batches: list[data.Batch]) -> dict[str, 
     factors = {name: settings[f"loss_{name}"] for name in ("decoder", "token_on_truth", "token_on_teacher")}
     queries, no_object = state.model.tqg.query_embed.num_embeddings, settings["no_object_weight"]
     # Losses are divided by counts of the whole step on all ranks, which are needed before the first of them (D6).
-    counts = sum(losses.count_targets(batch.box_mask, queries, no_object) for batch in micro_batches)
-    norm = losses.step_normalisers(counts)  # (2,)
+    norm = losses.step_normalisers(sum(losses.count_targets(b.box_mask, queries, no_object) for b in micro_batches))
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for i, batch in enumerate(micro_batches):
@@ -190,18 +177,13 @@ def make_optimizer(model: models.SimVG, settings: dict) -> torch.optim.Optimizer
     return torch.optim.Adam(groups, fused=True, **options)
 
 
-def lr_factor(
-    epoch: float, warmup_epochs: float, decay_epochs: Sequence[int] | None, decay_factor: float, epochs: int
-) -> float:
-    """What the learning rates are multiplied by; epoch 1.5 is the middle of the second epoch.
-
-    As in the official code, a decay at 25 is felt during the whole 25th epoch, which begins at 24.0.
-    """
+def lr_factor(epoch: float, warmup_epochs: float, decay_epochs: list | None, decay_factor: float, epochs: int) -> float:
+    """What the learning rates are multiplied by. Epoch 1.5 is the middle of the second epoch."""
     if int(epoch) < warmup_epochs:
         return (int(epoch) + 1) / (warmup_epochs + 1)
     if decay_epochs is None:
         return (epochs - epoch) / (epochs - warmup_epochs)
-    return decay_factor ** sum(int(epoch) + 1 >= decay for decay in decay_epochs)
+    return decay_factor ** sum(int(epoch) + 1 >= decay for decay in decay_epochs)  # as in the official code
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, settings: dict, epoch: float) -> None:
@@ -218,61 +200,47 @@ def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float, step: int
         torch._foreach_lerp_(list(ema.values()), list(model.parameters()), 1 - decay)
 
 
-# ------------------------------------------------------------------------------------- evaluation during training, log
-
-
 def validate(state: TrainState) -> None:
     """Evaluate the first split, with the averaged weights if there are any, and keep the best weights as best.pt."""
-    model = state.model
-    trained = {name: p.detach().clone() for name, p in model.named_parameters()} if state.ema else {}
-    model.load_state_dict({**model.state_dict(), **state.ema})
-    figures, _ = evaluate_split(state, model, next(iter(state.splits)))
+    trained = {name: p.detach().clone() for name, p in state.model.named_parameters()} if state.ema else {}
+    state.model.load_state_dict({**state.model.state_dict(), **state.ema})
+    figures, _ = evaluate_split(state, state.model, next(iter(state.splits)))
     # As in the official code, the mean of the trained branches' accuracies decides which weights are the best.
     accuracies = [value for name, value in figures.items() if name.endswith(("_acc", "_f1"))]
     value = sum(accuracies) / len(accuracies)
     if value > state.progress["best"] and save(state, "best.pt", ema={}, figures=figures, best=value):
         state.progress["best"] = value
-    model.load_state_dict({**model.state_dict(), **trained})
+    state.model.load_state_dict({**state.model.state_dict(), **trained})
 
 
 def report_best(state: TrainState) -> None:
-    """Evaluate best.pt on every split: print tables, draw the curves and the first answers of the last split."""
+    """Evaluate best.pt on every split. Draw the curves of the run and the first answers of the last split."""
     model = models.load(state.out / "best.pt", state.model.device)
-    for split, dataset in state.splits.items():
-        figures, results = evaluate_split(state, model, split, weights="best")
-        if state.rank == 0:
-            rec = state.config["model"]["queries"] == 1
-            baseline = evaluate.mean_box_accuracy([row[0] for row in state.rows], dataset.examples) if rec else None
-            evaluate.print_table(split, figures, evaluate.by_kind(results, dataset.examples), baseline)
+    for split in state.splits:
+        _, results = evaluate_split(state, model, split, weights="best")
     if state.rank == 0:
-        evaluate.draw_page(dataset.examples[:16], results[:16], state.out / "samples.png")
+        evaluate.draw_page(state.splits[split].examples[:16], results[:16], state.out / "samples.png")
         evaluate.draw_curves([json.loads(line) for line in state.lines], state.out / "curves.png")
         print(f"weights: {state.out}/best.pt   pictures: {state.out}/samples.png {state.out}/curves.png")
 
 
 def evaluate_split(state: TrainState, model: models.SimVG, split: str, weights: str = "last") -> tuple[dict, list]:
-    """The figures of a split, which are also printed and written to metrics.jsonl, and its results."""
-
-    def stop_if_asked() -> None:  # between two batches; last.pt was saved before the evaluation
-        if state.signals:
-            if state.rank == 0:
-                print("stopped in an evaluation; the same command with --resume goes on", file=sys.stderr)
-            sys.exit(128 + state.signals[0])
-
-    dataset, progress = state.splits[split], state.progress
-    options = {"workers": state.config["data"]["workers"], "amp": state.amp, "after_batch": stop_if_asked}
-    results = evaluate.evaluate_dataset(model, dataset, state.collate, state.branch, title=split, **options)
-    figures = evaluate.summary(results, dataset.examples, state.config["model"]["queries"] > 1)
+    """The figures of a split, also as a printed table and as a row of metrics.jsonl, and its results."""
+    dataset, rec, progress = state.splits[split], state.config["model"]["queries"] == 1, state.progress
+    options = {"workers": state.config["data"]["workers"], "amp": state.amp, "title": split}
+    options["after_batch"] = lambda: state.signals and stop(state, "in an evaluation")  # last.pt is from just before
+    results = evaluate.evaluate_dataset(model, dataset, state.collate, state.branch, **options)
+    figures = evaluate.summary(results, dataset.examples, grec=not rec)
     row = {"split": split, "weights": weights, "epoch": progress["epoch"], "step": progress["step"]}
     write_row(state, row | {name: round(value, 6) for name, value in figures.items()})
     if state.rank == 0:
-        print(f"epoch {progress['epoch']}, {weights} weights, {split}: {figures}", file=sys.stderr)
+        mean_box = evaluate.mean_box_accuracy([row[0] for row in state.rows], dataset.examples) if rec else None
+        evaluate.print_table(split, figures, evaluate.by_kind(results, dataset.examples), mean_box)
     return figures, results
 
 
 def log_step(state: TrainState, terms: dict[str, Tensor], waited: float, seconds: float) -> None:
-    """Note the terms of a step, and how many of its seconds it waited for data. When LOG_EVERY steps are done, their
-    means over steps and ranks become a row of metrics.jsonl."""
+    """Every LOG_EVERY steps, write their means over steps and ranks to metrics.jsonl. `waited`: seconds, for data."""
     progress, recent = state.progress, state.recent
     recent.append((terms, waited, seconds))
     if progress["step"] % LOG_EVERY:
@@ -280,15 +248,13 @@ def log_step(state: TrainState, terms: dict[str, Tensor], waited: float, seconds
     sums = torch.stack([sum(each[name] for each, _, _ in recent).float() for name in terms])
     means = losses.global_sum(sums) / len(recent) / state.world  # on every rank, although only rank 0 writes them
     waits, times = sum(each for _, each, _ in recent), sum(each for _, _, each in recent)
-    row = {"split": "train", "epoch": progress["epoch"] + 1, "step": progress["step"]}
+    row = {"split": "train", "epoch": progress["epoch"] + 1, "step": progress["step"], "skipped": progress["skipped"]}
     row |= {name: round(value, 6) for name, value in zip(terms, means.tolist(), strict=True)}
     row |= {"lr_encoder": state.optimizer.param_groups[0]["lr"], "lr": state.optimizer.param_groups[1]["lr"]}
     row["samples_per_s"] = round(len(recent) * state.config["train"]["batch_size"] / times, 1)
     row["data_wait"] = round(waits / times, 4)  # share of the time
     row["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)  # of tensors on the GPU
-    write_row(state, row | {"skipped": progress["skipped"]})
-    if state.rank == 0 and progress["step"] % (25 * LOG_EVERY) == 0:
-        tqdm.write(f"step {progress['step']}: loss {row['total']:.3f}", file=sys.stderr)
+    write_row(state, row)
     recent.clear()
 
 
@@ -306,9 +272,6 @@ def write_row(state: TrainState, row: dict) -> None:
             os.truncate(path, end)  # take half a line back, or the next row would continue it
 
 
-# ---------------------------------------------------------------------------------- set-up, checkpoints and resume
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train SimVG by a recipe of configs.json; under torchrun on each GPU.")
     parser.add_argument("--config", required=True, metavar="FILE:NAME", help="such as configs.json:refcoco")
@@ -319,9 +282,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def set_up(args: argparse.Namespace, config: dict, rank: int, world: int, device: torch.device) -> TrainState:
-    """Read and check all input, build the state (new, with the weights of --init, or that of last.pt), and only then
-    write into the run's folder."""
+def set_up(args: argparse.Namespace) -> TrainState:
+    """Read and check all input, then build the state: a new one, with the weights of --init, or that of last.pt."""
+    config = data.load_config(args.config, args.set)
+    rank, world, device = evaluate.join_ranks()
+    micro = micro_batch(config["train"]["batch_size"], config["train"]["micro_batch"], world)
     out = Path(args.out or f"runs/{args.config.rpartition(':')[2]}")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts repeats the command
     saved = read_saved(out, config, args.resume or restarted)
@@ -339,9 +304,8 @@ def set_up(args: argparse.Namespace, config: dict, rank: int, world: int, device
         dist.all_gather_object(everyone := [None] * world, mine)
     if any(other != mine for other in everyone):
         raise InputError("the ranks differ in their rows, last.pt or section train: all must read the same files")
-
     state = build(config, out, rank, world, device)
-    state.rows, state.splits, state.digests["rows"] = rows, splits, digest
+    state.micro, state.rows, state.splits, state.digests["rows"] = micro, rows, splits, digest
     if saved:
         restore(state, saved)
     elif args.init:
@@ -355,7 +319,18 @@ def set_up(args: argparse.Namespace, config: dict, rank: int, world: int, device
     if config["train"]["ema"] and not state.ema:
         state.ema |= {name: p.detach().clone() for name, p in state.model.named_parameters()}
     if rank == 0:
-        lock_folder(state)
+        # From here on the folder holds a run. Its config.json stays locked while this process lives.
+        out.mkdir(parents=True, exist_ok=True)
+        state.lock = open(out / "config.json", "a")
+        try:
+            fcntl.lockf(state.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loaders would keep it after a kill
+        except OSError as error:
+            if isinstance(error, BlockingIOError):  # other errors: a file system without locks
+                raise InputError(f"{out}: another process is training in this folder") from None
+        state.lock.truncate(0)
+        print(json.dumps(config, indent=1), file=state.lock, end="", flush=True)
+        if state.lines or not saved:  # checkpoints of older versions hold no lines
+            (out / "metrics.jsonl").write_text("".join(state.lines))  # without those after the checkpoint
     return state
 
 
@@ -375,10 +350,8 @@ def build(config: dict, out: Path, rank: int, world: int, device: torch.device) 
     # DDP waits for the gradient of every parameter that requires one, so a branch without a loss term must not.
     model.token_branch.requires_grad_(branch != "decoder")
     model.decoder_branch.requires_grad_(settings["loss_decoder"] is not None)
-    wrapped = model
-    if world > 1:
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        wrapped.broadcast_buffers = False  # they are constants (newer versions of torch warn of it as an argument)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    wrapped.broadcast_buffers = False  # they are constants (newer versions of torch warn of it as an argument)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     return TrainState(config, out, rank, world, model, wrapped, make_optimizer(model, settings), scaler, branch, amp)
 
@@ -387,8 +360,7 @@ def micro_batch(batch: int, most: int, world: int) -> int:
     """The largest micro-batch of at most `most` examples that divides a rank's share of the global batch evenly."""
     if batch % world:
         raise InputError(f"train.batch_size {batch} (of all ranks together) cannot be shared by {world} ranks")
-    share = batch // world
-    return next(size for size in range(min(most, share), 0, -1) if share % size == 0)
+    return max(size for size in range(1, min(most, batch // world) + 1) if batch // world % size == 0)
 
 
 def save(state: TrainState, name: str, **more: object) -> bool:
@@ -408,8 +380,7 @@ def save(state: TrainState, name: str, **more: object) -> bool:
 
 
 def read_saved(out: Path, config: dict, resume: bool) -> dict | None:
-    """The content of last.pt; None for a new run and for one that was killed before its first save. InputError if the
-    folder holds any file of a run that would be replaced, or a run with another config."""
+    """The content of last.pt, None before the first save. InputError if the folder holds another run."""
     found = [name for name in ("last.pt", "best.pt", "metrics.jsonl", "config.json") if (out / name).exists()]
     if found and not resume:
         raise InputError(f"{out}: holds a run already ({found[0]}); go on with --resume or choose another --out")
@@ -431,16 +402,15 @@ def read_saved(out: Path, config: dict, resume: bool) -> dict | None:
 def restore(state: TrainState, saved: dict) -> None:
     """Fill the new state from last.pt. InputError if that was trained on other rows."""
     if saved.get("rows", state.digests["rows"]) != state.digests["rows"]:
-        annotations = state.config["data"]["annotations"]
-        raise InputError(f"{annotations}: other rows than those that {state.out} was started with")
+        raise InputError(f"{state.out}: was started with other rows than {state.config['data']['annotations']} holds")
     with models.unpacking(state.out / "last.pt"):
         state.model.tokenizer_digest = saved.get("tokenizer")
         models.load_strictly(state.model, saved["model"], state.out / "last.pt")
         # The optimiser's moments come from the file, its numbers from the config. torch compares no shapes here.
-        groups = state.optimizer.state_dict()["param_groups"]
-        state.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
-        for p, (_, *moments) in ((p, kept.values()) for p, kept in state.optimizer.state.items()):
-            assert all(moment.shape == p.shape for moment in moments), "a moment of Adam has another shape"
+        state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": saved["optimizer"]["state"]})
+        names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * state.config["train"]["amsgrad"]]
+        for p, kept in state.optimizer.state.items():
+            assert kept["step"].dim() == 0 and all(kept[name].shape == p.shape for name in names), "a moment's shape"
         state.scaler.load_state_dict(saved["scaler"])
         if state.config["train"]["ema"]:
             state.ema |= {name: saved["ema"][name].to(p).view_as(p) for name, p in state.model.named_parameters()}
@@ -459,48 +429,33 @@ def next_micro_batches(state: TrainState, stream: Iterator[data.Batch], count: i
         micro_batches = [next(stream) for _ in range(count)]
     except InputError as error:  # a damaged image, or a loader process that was killed
         fault = error
-    marks = torch.tensor(float(bool(state.signals or fault)))  # on the host, so that no GPU has to wait
-    if losses.global_sum(marks) == 0:
+    if losses.global_sum(torch.tensor(len(state.signals) + (fault is not None))) == 0:  # on the host: no GPU waits
         return [batch.to(state.model.device) for batch in micro_batches]
     saved = save(state, "last.pt")
     wait_for_all(leave=True)  # when one rank leaves, torchrun ends the others, and rank 0 may still be writing
     if fault:
-        print(f"train.py: {fault}", file=sys.stderr)
+        tqdm.write(f"train.py: {fault}", file=sys.stderr)
+    stop(state, f"after step {state.progress['step']}", saved)
+
+
+def stop(state: TrainState, where: str, saved: bool = True) -> None:
+    """End this process early; on a signal with the status that a shell gives to it."""
     if state.rank == 0 and saved:
-        step = state.progress["step"]
-        print(f"stopped after step {step}; the same command with --resume goes on", file=sys.stderr)
-    sys.exit(128 + state.signals[0] if state.signals and saved else 2)  # 128 + number, as a shell says it
+        tqdm.write(f"stopped {where}; the same command with --resume goes on", file=sys.stderr)
+    sys.exit(128 + state.signals[0] if state.signals and saved else 2)
 
 
 def report_skipped(state: TrainState, terms: dict[str, Tensor], micro_batches: list[data.Batch]) -> None:
-    """Print the terms and the rows of a step that changed no weight, because its gradient is not finite. InputError
-    after PATIENCE such steps in a row. The norm is that of all ranks, so each rank comes here and names its rows."""
+    """Report a step that changed no weight, as its gradient is not finite. InputError after PATIENCE in a row."""
     state.progress["skipped"] += 1
     state.skipped_in_a_row += 1
     # In fp16 some first steps overflow, until the scaler has halved its factor often enough. Their loss is finite.
     if not (state.scaler.is_enabled() and terms["total"].isfinite()):
         values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
         rows = ", ".join(state.rows[i][0].where for batch in micro_batches for i in batch.index)
-        said = f"step {state.progress['step']} skipped, rank {state.rank}: {values}; its rows: {rows}"
-        tqdm.write(said, file=sys.stderr)
+        tqdm.write(f"step {state.progress['step']} skipped, rank {state.rank}: {values}; rows {rows}", file=sys.stderr)
     if state.skipped_in_a_row == PATIENCE:
         raise InputError(f"{PATIENCE} steps in a row were not finite; the last checkpoint is from before them")
-
-
-def lock_folder(state: TrainState) -> None:
-    """Refuse a second run in the folder while this process lives; write config.json and metrics.jsonl up to here."""
-    state.out.mkdir(parents=True, exist_ok=True)
-    state.lock = open(state.out / "config.json", "a")
-    try:
-        fcntl.lockf(state.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loaders would keep it after a kill
-    except OSError as error:
-        if isinstance(error, BlockingIOError):  # other errors: a file system without locks
-            raise InputError(f"{state.out}: another process is training in this folder") from None
-    state.lock.truncate(0)
-    print(json.dumps(state.config, indent=1), file=state.lock, end="", flush=True)
-    # What a killed run wrote after its checkpoint comes again. (Older checkpoints hold no lines.)
-    if state.lines or not state.progress["step"]:
-        (state.out / "metrics.jsonl").write_text("".join(state.lines))
 
 
 def wait_for_all(leave: bool = False) -> None:
