@@ -10,7 +10,7 @@ one CPU process a resumed run equals an uninterrupted one bit for bit. The keys 
     seed                  of the initial weights, the order of the rows, the choice of expressions, jitter and dropout
     epochs                passes over the rows of the training split; a pass takes one expression of each row
     batch_size            examples per optimiser step, of all ranks together
-    micro_batch           most examples that a rank computes at once; it accumulates the gradients of several (D12)
+    micro_batch           most examples that a rank computes at once; a step accumulates the gradients of several
     lr, lr_encoder        learning rates of the heads and of the pre-trained encoder, after the warm-up
     betas, eps, amsgrad, weight_decay    arguments of torch.optim.Adam
     clip_norm             a gradient with a larger L2 norm, over all weights, is scaled down to this one
@@ -22,7 +22,7 @@ one CPU process a resumed run equals an uninterrupted one bit for bit. The keys 
     amp                   precision of the encoder: "" (float32), "bf16" or "fp16"; the heads stay in float32
     checkpointing         save memory: recompute each encoder layer in the backward pass (activation checkpointing)
     compile               compile the encoder's layers with torch.compile
-    evaluate_every, evaluate_from    epochs between evaluations of the first of data.eval_splits; the first of them
+    evaluate_every, evaluate_from    evaluate the first of data.eval_splits once in so many epochs, from this one on
     save_minutes          minutes between two saves of last.pt within an epoch; one more comes after every epoch
 """
 
@@ -240,7 +240,7 @@ def evaluate_split(state: TrainState, model: models.SimVG, split: str, weights: 
 
 
 def log_step(state: TrainState, terms: dict[str, Tensor], waited: float, seconds: float) -> None:
-    """Every LOG_EVERY steps, write their means over steps and ranks to metrics.jsonl. `waited`: seconds, for data."""
+    """Every LOG_EVERY steps, write their means over steps and ranks to metrics.jsonl. `waited` seconds went to data."""
     progress, recent = state.progress, state.recent
     recent.append((terms, waited, seconds))
     if progress["step"] % LOG_EVERY:
@@ -299,9 +299,10 @@ def set_up(args: argparse.Namespace) -> TrainState:
         data.check_files(rows)
     splits = {split: evaluate.load_split(config, split) for split in config["data"]["eval_splits"]}
     digest = data.fingerprint([rows, *(split.rows for split in splits.values())])
-    everyone = [mine := (config["train"], digest, saved and saved.get("step"))]
+    mine = config["train"], digest, saved and saved.get("step")
+    everyone = [mine] * world
     if world > 1:
-        dist.all_gather_object(everyone := [None] * world, mine)
+        dist.all_gather_object(everyone, mine)
     if any(other != mine for other in everyone):
         raise InputError("the ranks differ in their rows, last.pt or section train: all must read the same files")
     state = build(config, out, rank, world, device)
@@ -313,8 +314,7 @@ def set_up(args: argparse.Namespace) -> TrainState:
         config["model"]["as_released"] = state.model.tqg.as_released  # a file may ask for the released arithmetic
         if rank == 0:
             print(report)
-    # After the weights, because they know which tokenizer they were trained with.
-    state.collate = evaluate.load_collate(config, state.model)
+    state.collate = evaluate.load_collate(config, state.model)  # after the weights, which know their tokenizer
     state.digests["tokenizer"] = state.collate.tokenizer.digest
     if config["train"]["ema"] and not state.ema:
         state.ema |= {name: p.detach().clone() for name, p in state.model.named_parameters()}
@@ -439,14 +439,14 @@ def next_micro_batches(state: TrainState, stream: Iterator[data.Batch], count: i
 
 
 def stop(state: TrainState, where: str, saved: bool = True) -> None:
-    """End this process early; on a signal with the status that a shell gives to it."""
+    """End this process early, after a signal with the exit status that a shell would report, otherwise with 2."""
     if state.rank == 0 and saved:
         tqdm.write(f"stopped {where}; the same command with --resume goes on", file=sys.stderr)
     sys.exit(128 + state.signals[0] if state.signals and saved else 2)
 
 
 def report_skipped(state: TrainState, terms: dict[str, Tensor], micro_batches: list[data.Batch]) -> None:
-    """Report a step that changed no weight, as its gradient is not finite. InputError after PATIENCE in a row."""
+    """Report a step that changed no weight, because its gradient is not finite; InputError after PATIENCE of them."""
     state.progress["skipped"] += 1
     state.skipped_in_a_row += 1
     # In fp16 some first steps overflow, until the scaler has halved its factor often enough. Their loss is finite.
