@@ -1,26 +1,42 @@
-"""Train SimVG on any number of ranks.
+"""Train SimVG in one process, or under torchrun in one process (rank) per GPU.
 
     python train.py --config configs.json:shapes
     torchrun --nproc_per_node 8 train.py --config configs.json:refcoco --init beit3_base_patch16_224.zip
 
-Writes into --out (runs/NAME): config.json, metrics.jsonl, last.pt (everything needed to go on), best.pt (weights),
-curves.png and samples.png. `--resume` goes on after a kill, bit for bit on one process of a CPU: all randomness is a
-function of (seed, epoch, step), nothing random is stored.
+A run writes config.json, metrics.jsonl (a JSON object per line), last.pt (all that --resume needs), best.pt (the best
+weights), curves.png and samples.png. Every random choice is a function of (seed, epoch, step) and none is stored: on
+one CPU process a resumed run equals an uninterrupted one bit for bit. The keys of the config's section `train`:
+
+    seed                  of the initial weights, the order of the rows, the choice of expressions, jitter and dropout
+    epochs                passes over the rows of the training split; a pass takes one expression of each row
+    batch_size            examples per optimiser step, of all ranks together
+    micro_batch           most examples that a rank computes at once; a step accumulates the gradients of several
+    lr, lr_encoder        learning rates of the heads and of the pre-trained encoder, after the warm-up
+    betas, eps, amsgrad, weight_decay    arguments of torch.optim.Adam
+    clip_norm             a gradient with a larger L2 norm, over all weights, is scaled down to this one
+    warmup_epochs         epochs over which the rates rise, by the same amount before each epoch
+    decay_epochs, decay_factor    epochs (1, 2, ...) with which the rates change by the factor; null: a linear fall to 0
+    ema, ema_decay        whether to evaluate and keep averaged weights; the part of the average that a step keeps
+    loss_decoder, loss_token_on_truth, loss_token_on_teacher    factors of the loss terms (losses.py); null: left out
+    no_object_weight      weight of the class "no object" in the cross entropy
+    amp                   precision of the encoder: "" (float32), "bf16" or "fp16"; the heads stay in float32
+    checkpointing         save memory: recompute each encoder layer in the backward pass (activation checkpointing)
+    compile               compile the encoder's layers with torch.compile
+    evaluate_every, evaluate_from    evaluate the first of data.eval_splits once in so many epochs, from this one on
+    save_minutes          minutes between two saves of last.pt within an epoch; one more comes after every epoch
 """
 
 import argparse
 import fcntl
 import json
 import os
-import resource
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -35,98 +51,291 @@ import model as models
 from data import InputError
 
 LOG_EVERY = 20  # steps between two training rows of metrics.jsonl
-PATIENCE = 20  # so many steps in a row may be not finite; in fp16 the first ones are, until the loss scale fits
+PATIENCE = 20  # the run ends after so many steps in a row whose gradient is not finite
+LESS_MEMORY = "lower train.micro_batch, or set train.checkpointing=true or train.amp=bf16"
 
 
 @dataclass
-class Run:
-    """Everything one process of a training run works with."""
+class TrainState:
+    """Everything that one rank of a run works with."""
 
     config: dict
-    out: Path
+    out: Path  # the run's folder
     rank: int
     world: int
-    model: models.SimVG  # what is saved and evaluated
-    wrapped: nn.Module  # the same model, in DDP where there are several ranks: what is trained
+    model: models.SimVG  # this one is evaluated and saved
+    wrapped: nn.Module  # the same model, inside DDP if there are several ranks: this one is trained
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    ema: dict[str, Tensor]  # averaged weights; empty without train.ema
-    branch: str  # "both", "decoder" or "token"
+    scaler: torch.amp.GradScaler  # scales the loss in fp16, otherwise does nothing
+    branch: str  # "both", "decoder" or "token": what the loss terms need
     amp: torch.dtype | None
-    made_with: dict = field(default_factory=dict)  # digests of "tokenizer" and "rows", kept in checkpoints
-    held: TextIO | None = None  # see `hold`
-    stopped: list[int] = field(default_factory=list)  # signals received
-    skipped_in_a_row: int = 0  # steps that were not finite
-    progress: dict = field(
-        default_factory=lambda: {"epoch": 0, "step_in_epoch": 0, "step": 0, "skipped": 0, "best": -1.0}
-    )
+    ema: dict[str, Tensor] = field(default_factory=dict)  # averaged weights; empty without train.ema
+    rows: Sequence[data.Row] = ()  # of the training split
+    splits: dict[str, data.Dataset] = field(default_factory=dict)  # those to evaluate
+    collate: data.Collate | None = None
+    micro: int = 1  # examples that this rank computes at once
+    digests: dict[str, str] = field(default_factory=dict)  # of "rows" and "tokenizer"; checkpoints name theirs
+    # Epochs done, steps done in the current epoch and in all, steps skipped, the best accuracy: saved in checkpoints.
+    progress: dict = field(default_factory=lambda: dict(epoch=0, step_in_epoch=0, step=0, skipped=0, best=-1.0))
+    skipped_in_a_row: int = 0
+    saved_at: float = field(default_factory=time.monotonic)  # when last.pt was written
+    signals: list[int] = field(default_factory=list)  # received so far
+    lock: object = None  # config.json, open and locked while this process lives
+    recent: list[tuple] = field(default_factory=list)  # what `log_step` got since the last training row
+    lines: list[str] = field(default_factory=list)  # of metrics.jsonl, which checkpoints hold, too
 
 
 def main() -> None:
-    # 1. what to run, and who we are
-    args = parse_arguments()
-    config = data.load_config(args.config, args.set)
-    settings, data_settings = config["train"], config["data"]
-    out = Path(args.out or f"runs/{args.config.rpartition(':')[2]}")
-    rank, world, device = evaluate.join_ranks()
-    micro = micro_batch(settings["batch_size"], settings["micro_batch"], world)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
-    state = found_run(out, config, args.resume or restarted)
+    # 1. Read and check all input, build the model, take the folder.
+    state = set_up(parse_arguments())
+    config, settings, progress = state.config, state.config["train"], state.progress
+    rank, world, device = state.rank, state.world, state.model.device
+    # 2. The stream of micro-batches, from the first step still to do. Each rank gets its share of every step.
+    train_set = data.Dataset(state.rows, config["model"]["image_size"], settings["seed"], config["data"]["jitter"])
+    start = progress["epoch"], progress["step_in_epoch"]
+    sampler = data.MicroBatchSampler(len(state.rows), settings, state.micro, start, rank, world)
+    stream = data.batches(train_set, state.collate, sampler, config["data"]["workers"], pin=device.type == "cuda")
+    per_step = settings["batch_size"] // world // state.micro  # micro-batches
+    # 3. From now on a signal only leaves a mark, which is looked at between steps and between evaluation batches.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: state.signals.append(received))
     if rank == 0:
-        data.make_embedded_set(data_settings)
-    wait_for_all()
+        print(f"{state.out}: {world} rank(s) on {device.type}, micro-batches of {state.micro}", file=sys.stderr)
 
-    # 2. data, model, optimiser
-    rows = data.read_rows(data_settings, "train")
+    # 4. The loop.
+    for epoch in range(progress["epoch"], settings["epochs"]):
+        state.model.train()
+        steps = range(progress["step_in_epoch"], sampler.steps)
+        for step in tqdm(steps, f"epoch {epoch + 1}", disable=rank > 0 or None):  # None: no bar in a file
+            began = time.monotonic()
+            micro_batches = next_micro_batches(state, stream, per_step)  # or the end, after a signal
+            waited = time.monotonic() - began
+            set_learning_rate(state.optimizer, settings, epoch + step / sampler.steps)
+            torch.manual_seed(hash((settings["seed"], progress["step"], rank)))  # dropout, drop path
+            try:
+                terms = train_step(state, micro_batches)
+            except RuntimeError as error:
+                if "allocate" not in str(error):
+                    raise
+                raise InputError(f"out of memory with {state.micro} examples at a time: {LESS_MEMORY}") from None
+            progress |= {"step_in_epoch": step + 1, "step": progress["step"] + 1}
+            update_ema(state.ema, state.model, settings["ema_decay"], progress["step"])
+            if terms["grad_norm"].isfinite():  # the only wait for the device (in REC), after all its work is queued
+                state.skipped_in_a_row = 0
+                log_step(state, terms, waited, time.monotonic() - began)
+            else:
+                report_skipped(state, terms, micro_batches)
+            if time.monotonic() - state.saved_at > 60 * settings["save_minutes"] and not state.skipped_in_a_row:
+                save(state, "last.pt")
+        save(state, "last.pt")  # before the evaluation, which may fail, and which a resumed run repeats
+        progress |= {"epoch": epoch + 1, "step_in_epoch": 0}
+        regular = epoch + 1 >= settings["evaluate_from"] and (epoch + 1) % settings["evaluate_every"] == 0
+        if regular or epoch + 1 == settings["epochs"]:
+            validate(state)
+
+    # 5. Evaluate the best weights on every split.
+    wait_for_all()  # until rank 0 has written best.pt
+    report_best(state)
+    wait_for_all(leave=True)
+
+
+def train_step(state: TrainState, micro_batches: list[data.Batch]) -> dict[str, Tensor]:
+    """One optimiser step. Returns scalars: the loss terms, summed over this rank's micro-batches, and `grad_norm`, the
+    norm over all ranks before clipping. If that is not finite, no weight changes."""
+    settings, optimizer, scaler = state.config["train"], state.optimizer, state.scaler
+    factors = {name: settings[f"loss_{name}"] for name in ("decoder", "token_on_truth", "token_on_teacher")}
+    queries, no_object = state.model.tqg.query_embed.num_embeddings, settings["no_object_weight"]
+    # Losses are divided by counts of the whole step on all ranks, which are needed before the first of them (D6).
+    norm = losses.step_normalisers(sum(losses.count_targets(b.box_mask, queries, no_object) for b in micro_batches))
+    optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    for i, batch in enumerate(micro_batches):
+        # Gradients add up over the micro-batches. DDP averages them over the ranks only once, with the last one.
+        state.wrapped.require_backward_grad_sync = i == len(micro_batches) - 1
+        output = state.wrapped(batch.images, batch.tokens, batch.text_pad, state.branch, state.amp)
+        terms = losses.simvg_loss(output, batch.boxes, batch.box_mask, **factors, no_object=no_object, norm=norm)
+        scaler.scale(terms["total"]).backward()
+        for name, value in terms.items():
+            share = len(micro_batches) if name == "teacher_weight" else 1  # W_dt is a weight: its mean is reported
+            sums[name] = sums.get(name, 0) + value.detach() / share
+    scaler.unscale_(optimizer)  # clip_norm is meant for the gradients as they are
+    sums["grad_norm"] = nn.utils.clip_grad_norm_(state.model.parameters(), settings["clip_norm"])
+    # Where found_inf is 1, fused Adam skips the step without a wait of the host. In fp16 the GradScaler sees to that.
+    if not scaler.is_enabled():
+        optimizer.found_inf = (~sums["grad_norm"].isfinite()).float()
+    scaler.step(optimizer)
+    scaler.update()
+    return sums
+
+
+def make_optimizer(model: models.SimVG, settings: dict) -> torch.optim.Optimizer:
+    """Adam with two groups of parameters, because the pre-trained encoder has a learning rate of its own."""
+    named = [(name.startswith("encoder."), p) for name, p in model.named_parameters() if p.requires_grad]
+    encoder, heads = ([p for in_encoder, p in named if in_encoder == wanted] for wanted in (True, False))
+    groups = [{"params": encoder, "lr": settings["lr_encoder"]}, {"params": heads, "lr": settings["lr"]}]
+    options = {name: settings[name] for name in ("betas", "eps", "weight_decay", "amsgrad")}
+    return torch.optim.Adam(groups, fused=True, **options)
+
+
+def lr_factor(epoch: float, warmup_epochs: float, decay_epochs: list | None, decay_factor: float, epochs: int) -> float:
+    """What the learning rates are multiplied by. Epoch 1.5 is the middle of the second epoch."""
+    if int(epoch) < warmup_epochs:
+        return (int(epoch) + 1) / (warmup_epochs + 1)
+    if decay_epochs is None:
+        return (epochs - epoch) / (epochs - warmup_epochs)
+    return decay_factor ** sum(int(epoch) + 1 >= decay for decay in decay_epochs)  # as in the official code
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, settings: dict, epoch: float) -> None:
+    factor = lr_factor(epoch, *(settings[key] for key in ("warmup_epochs", "decay_epochs", "decay_factor", "epochs")))
+    for group, key in zip(optimizer.param_groups, ("lr_encoder", "lr"), strict=True):
+        group["lr"] = settings[key] * factor
+
+
+@torch.no_grad()
+def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
+    """Move the averaged weights, if there are any, after `step` (counted from 1) steps."""
+    if ema:
+        decay = min(decay, step / (step + 9))  # a young average forgets faster, because it began with untrained weights
+        torch._foreach_lerp_(list(ema.values()), list(model.parameters()), 1 - decay)
+
+
+def validate(state: TrainState) -> None:
+    """Evaluate the first split, with the averaged weights if there are any, and keep the best weights as best.pt."""
+    trained = {name: p.detach().clone() for name, p in state.model.named_parameters()} if state.ema else {}
+    state.model.load_state_dict({**state.model.state_dict(), **state.ema})
+    figures, _ = evaluate_split(state, state.model, next(iter(state.splits)))
+    # As in the official code, the mean of the trained branches' accuracies decides which weights are the best.
+    accuracies = [value for name, value in figures.items() if name.endswith(("_acc", "_f1"))]
+    value = sum(accuracies) / len(accuracies)
+    if value > state.progress["best"] and save(state, "best.pt", ema={}, figures=figures, best=value):
+        state.progress["best"] = value
+    state.model.load_state_dict({**state.model.state_dict(), **trained})
+
+
+def report_best(state: TrainState) -> None:
+    """Evaluate best.pt on every split. Draw the curves of the run and the first answers of the last split."""
+    model = models.load(state.out / "best.pt", state.model.device)
+    for split in state.splits:
+        _, results = evaluate_split(state, model, split, weights="best")
+    if state.rank == 0:
+        evaluate.draw_page(state.splits[split].examples[:16], results[:16], state.out / "samples.png")
+        evaluate.draw_curves([json.loads(line) for line in state.lines], state.out / "curves.png")
+        print(f"weights: {state.out}/best.pt   pictures: {state.out}/samples.png {state.out}/curves.png")
+
+
+def evaluate_split(state: TrainState, model: models.SimVG, split: str, weights: str = "last") -> tuple[dict, list]:
+    """The figures of a split, also as a printed table and as a row of metrics.jsonl, and its results."""
+    dataset, rec, progress = state.splits[split], state.config["model"]["queries"] == 1, state.progress
+    options = {"workers": state.config["data"]["workers"], "amp": state.amp, "title": split}
+    options["after_batch"] = lambda: state.signals and stop(state, "in an evaluation")  # last.pt is from just before
+    results = evaluate.evaluate_dataset(model, dataset, state.collate, state.branch, **options)
+    figures = evaluate.summary(results, dataset.examples, grec=not rec)
+    row = {"split": split, "weights": weights, "epoch": progress["epoch"], "step": progress["step"]}
+    write_row(state, row | {name: round(value, 6) for name, value in figures.items()})
+    if state.rank == 0:
+        mean_box = evaluate.mean_box_accuracy([row[0] for row in state.rows], dataset.examples) if rec else None
+        evaluate.print_table(split, figures, evaluate.by_kind(results, dataset.examples), mean_box)
+    return figures, results
+
+
+def log_step(state: TrainState, terms: dict[str, Tensor], waited: float, seconds: float) -> None:
+    """Every LOG_EVERY steps, write their means over steps and ranks to metrics.jsonl. `waited` seconds went to data."""
+    progress, recent = state.progress, state.recent
+    recent.append((terms, waited, seconds))
+    if progress["step"] % LOG_EVERY:
+        return
+    sums = torch.stack([sum(each[name] for each, _, _ in recent).float() for name in terms])
+    means = losses.global_sum(sums) / len(recent) / state.world  # on every rank, although only rank 0 writes them
+    waits, times = sum(each for _, each, _ in recent), sum(each for _, _, each in recent)
+    row = {"split": "train", "epoch": progress["epoch"] + 1, "step": progress["step"], "skipped": progress["skipped"]}
+    row |= {name: round(value, 6) for name, value in zip(terms, means.tolist(), strict=True)}
+    row |= {"lr_encoder": state.optimizer.param_groups[0]["lr"], "lr": state.optimizer.param_groups[1]["lr"]}
+    row["samples_per_s"] = round(len(recent) * state.config["train"]["batch_size"] / times, 1)
+    row["data_wait"] = round(waits / times, 4)  # share of the time
+    row["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)  # of tensors on the GPU
+    write_row(state, row)
+    recent.clear()
+
+
+def write_row(state: TrainState, row: dict) -> None:
+    """Append a row to metrics.jsonl, on rank 0. A full disk costs the row, not the run."""
+    state.lines.append(json.dumps(row) + "\n")
+    path = state.out / "metrics.jsonl"
+    end = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path if state.rank == 0 else os.devnull, "a") as file:
+            file.write(state.lines[-1])
+    except OSError as error:
+        tqdm.write(f"train.py: {path}: {error.strerror}", file=sys.stderr)
+        with suppress(OSError):
+            os.truncate(path, end)  # take half a line back, or the next row would continue it
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train SimVG by a recipe of configs.json; under torchrun on each GPU.")
+    parser.add_argument("--config", required=True, metavar="FILE:NAME", help="such as configs.json:refcoco")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as train.lr=1e-4")
+    parser.add_argument("--out", metavar="FOLDER", help="the run's folder (default: runs/NAME)")
+    parser.add_argument("--init", metavar="FILE", help="start from BEiT-3, SimVG or official SimVG weights")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    return parser.parse_args()
+
+
+def set_up(args: argparse.Namespace) -> TrainState:
+    """Read and check all input, then build the state: a new one, with the weights of --init, or that of last.pt."""
+    config = data.load_config(args.config, args.set)
+    rank, world, device = evaluate.join_ranks()
+    micro = micro_batch(config["train"]["batch_size"], config["train"]["micro_batch"], world)
+    out = Path(args.out or f"runs/{args.config.rpartition(':')[2]}")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts repeats the command
+    saved = read_saved(out, config, args.resume or restarted)
+    if rank == 0:
+        data.make_embedded_set(config["data"])
+    wait_for_all()
+    # Every rank reads all annotations. Rank 0 alone looks whether the images are there.
+    rows = data.read_rows(config["data"], "train")
     if rank == 0:
         data.check_files(rows)
-    train_set = data.Dataset(rows, config["model"]["image_size"], settings["seed"], data_settings["jitter"])
-    splits = {split: evaluate.load_split(config, split) for split in data_settings["eval_splits"]}
+    splits = {split: evaluate.load_split(config, split) for split in config["data"]["eval_splits"]}
     digest = data.fingerprint([rows, *(split.rows for split in splits.values())])
-    agree(world, (settings, digest, state and state.get("step")))
-    run = build(config, out, rank, world, device)
-    if state:
-        restore(run, state, digest)
-        del state  # a copy of the weights and of the optimiser, on every rank
+    mine = config["train"], digest, saved and saved.get("step")
+    everyone = [mine] * world
+    if world > 1:
+        dist.all_gather_object(everyone, mine)
+    if any(other != mine for other in everyone):
+        raise InputError("the ranks differ in their rows, last.pt or section train: all must read the same files")
+    state = build(config, out, rank, world, device)
+    state.micro, state.rows, state.splits, state.digests["rows"] = micro, rows, splits, digest
+    if saved:
+        restore(state, saved)
     elif args.init:
-        report = models.initialise(run.model, args.init)
-        config["model"]["as_released"] = run.model.tqg.as_released
+        report = models.initialise(state.model, args.init)
+        config["model"]["as_released"] = state.model.tqg.as_released  # a file may ask for the released arithmetic
         if rank == 0:
             print(report)
-    collate = evaluate.load_collate(config, run.model)
-    run.made_with = {"tokenizer": collate.tokenizer.digest, "rows": digest}
-    if settings["ema"] and not run.ema:
-        run.ema |= {name: p.detach().clone() for name, p in run.model.named_parameters()}
-
-    # 3. the loop
-    start = run.progress["epoch"], run.progress["step_in_epoch"]
-    keys = data.MicroBatchSampler(len(rows), settings, micro, start, rank, world)
-    stream = data.batches(train_set, collate, keys, data_settings["workers"], pin=device.type == "cuda")
-    per_step = settings["batch_size"] // world // micro  # micro-batches of one rank
+    state.collate = evaluate.load_collate(config, state.model)  # after the weights, which know their tokenizer
+    state.digests["tokenizer"] = state.collate.tokenizer.digest
+    if config["train"]["ema"] and not state.ema:
+        state.ema |= {name: p.detach().clone() for name, p in state.model.named_parameters()}
     if rank == 0:
-        run.held = hold(out, json.dumps(config, indent=1))  # from here on the folder holds a run
-        announce(run, keys.steps, micro)
-    log = Log(run, keys.steps)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: run.stopped.append(received))
-    while run.progress["epoch"] < settings["epochs"]:
-        train_epoch(run, stream, per_step, keys.steps, log, rows)
-        if on_any_rank(bool(run.stopped)):
-            stop(run, log, None)
-        save_last(run)  # first, so that a failing evaluation cannot cost the epoch; a resumed run evaluates again
-        run.progress |= {"epoch": run.progress["epoch"] + 1, "step_in_epoch": 0}
-        if is_due(run.progress["epoch"], settings):
-            validate(run, *next(iter(splits.items())), collate, log)
-
-    # 4. what came out
-    log.bar.close()
-    wait_for_all()  # until best.pt is written
-    report_best(run, rows, splits, collate, log)
-    leave(0)
+        # From here on the folder holds a run. Its config.json stays locked while this process lives.
+        out.mkdir(parents=True, exist_ok=True)
+        state.lock = open(out / "config.json", "a")
+        try:
+            fcntl.lockf(state.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loaders would keep it after a kill
+        except OSError as error:
+            if isinstance(error, BlockingIOError):  # other errors: a file system without locks
+                raise InputError(f"{out}: another process is training in this folder") from None
+        state.lock.truncate(0)
+        print(json.dumps(config, indent=1), file=state.lock, end="", flush=True)
+        if state.lines or not saved:  # checkpoints of older versions hold no lines
+            (out / "metrics.jsonl").write_text("".join(state.lines))  # without those after the checkpoint
+    return state
 
 
-def build(config: dict, out: Path, rank: int, world: int, device: torch.device) -> Run:
-    """A new run: model, DDP, optimiser."""
+def build(config: dict, out: Path, rank: int, world: int, device: torch.device) -> TrainState:
+    """A new model, inside DDP if there are several ranks, and its optimiser."""
     settings = config["train"]
     if settings["amp"] not in models.AMP:
         raise InputError(f'train.amp must be "" (float32), "bf16" or "fp16", not {settings["amp"]!r}')
@@ -135,486 +344,126 @@ def build(config: dict, out: Path, rank: int, world: int, device: torch.device) 
     model = models.SimVG(**config["model"]).to(device)
     model.encoder.checkpointing = settings["checkpointing"]
     if settings["compile"]:
-        torch._dynamo.config.optimize_ddp = False  # else a layer's graph would be cut at the bounds of DDP's buckets
+        torch._dynamo.config.optimize_ddp = False  # otherwise DDP's buckets would cut the graph of a layer
         for layer in model.encoder.layers:
             layer.compile()  # before DDP; all layers share their graphs
-    # DDP waits for every gradient it was promised, so a branch without a loss term of its own must not promise any.
+    # DDP waits for the gradient of every parameter that requires one, so a branch without a loss term must not.
     model.token_branch.requires_grad_(branch != "decoder")
     model.decoder_branch.requires_grad_(settings["loss_decoder"] is not None)
-    wrapped = model
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-        wrapped.broadcast_buffers = False  # they are constants (as an argument, newer versions of torch warn of it)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+    wrapped.broadcast_buffers = False  # they are constants (newer versions of torch warn of it as an argument)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-    return Run(config, out, rank, world, model, wrapped, make_optimizer(model, settings), scaler, {}, branch, amp)
-
-
-def announce(run: Run, steps: int, micro: int) -> None:
-    """One line that says what will happen."""
-    settings, model = run.config["train"], run.model
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(
-        f"{run.out}: steps {run.progress['step']} to {settings['epochs'] * steps} of {settings['batch_size']} examples "
-        f"({micro} at a time), {run.world} rank(s) on {model.device.type}, {settings['amp'] or 'fp32'}, "
-        f"{trained:,} parameters, branch {run.branch}, about {expected_memory(run, micro) / 1e9:.1f} GB of tensors",
-        file=sys.stderr,
-    )
-
-
-def expected_memory(run: Run, micro: int) -> float:
-    """Bytes at the peak of a step: weights, what the optimiser keeps, and what the encoder keeps for its gradients."""
-    settings, encoder = run.config["train"], run.model.encoder
-    layers, width, ffn = len(encoder.layers), encoder.text_embed.embedding_dim, encoder.layers[0].image.fc1.out_features
-    tokens = micro * (1 + encoder.grid**2 + run.config["data"]["max_tokens"])
-    kept = 4 * layers * tokens * (10 * width + 3 * ffn)  # what its products, norms and GELU keep
-    if settings["checkpointing"]:
-        kept = kept / layers + 4 * layers * tokens * width
-    trained = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
-    states = sum(p.nbytes for p in run.model.parameters()) * (1 + settings["ema"])
-    states += trained * (3 if settings["amsgrad"] else 2)
-    if run.amp:  # 16 bits where products are concerned, and a copy of the weights for them
-        kept, states = 0.7 * kept, states + sum(p.nbytes for p in encoder.layers.parameters()) / 2
-    if run.world > 1 or micro * run.world < settings["batch_size"]:  # the gradients are there from the start
-        return states + trained + kept
-    return states + max(trained, kept)  # they take the place of what is set free
-
-
-def train_epoch(run: Run, stream: Iterator, per_step: int, steps: int, log: "Log", rows: Sequence[data.Row]) -> None:
-    """From the current step to the end of the epoch, or to a signal."""
-    settings, progress, device = run.config["train"], run.progress, run.model.device
-    saved = time.monotonic()
-    run.model.train()
-    while progress["step_in_epoch"] < steps:
-        began = time.monotonic()
-        micro_batches, fault = fetch(stream, per_step)
-        if on_any_rank(bool(run.stopped or fault)):
-            stop(run, log, fault)
-        micro_batches = [batch.to(device) for batch in micro_batches]
-        waited = time.monotonic() - began
-        set_learning_rate(run.optimizer, settings, progress, steps)
-        torch.manual_seed(hash((settings["seed"], progress["step"], run.rank)))  # dropout, drop path
-        try:
-            terms = train_step(run, micro_batches)
-        except RuntimeError as error:
-            raise out_of_memory(error, len(micro_batches[0].index)) from None
-        progress["step"] += 1
-        progress["step_in_epoch"] += 1
-        update_ema(run.ema, run.model, settings["ema_decay"], progress["step"])
-        if terms["grad_norm"].isfinite():  # the only wait for the device (in REC), with all its work handed over
-            run.skipped_in_a_row = 0
-            log.step(terms, waited, time.monotonic() - began)
-        else:
-            report_skipped(run, micro_batches, terms, rows)
-        if time.monotonic() - saved > 60 * settings["save_minutes"] and not run.skipped_in_a_row:
-            save_last(run)
-            saved = time.monotonic()
-
-
-def fetch(stream: Iterator, count: int) -> tuple[list[data.Batch], InputError | None]:
-    """The next micro-batches, or why there are none: an image turns out to be damaged, a loader process is gone."""
-    try:
-        return [next(stream) for _ in range(count)], None
-    except InputError as error:
-        return [], error
-
-
-def on_any_rank(flag: bool) -> bool:
-    """Asked by every rank before every step, so that all leave at the same one. On the host: no GPU has to wait."""
-    flags = torch.tensor(float(flag))
-    if dist.is_initialized():
-        dist.all_reduce(flags)
-    return flags.item() > 0
-
-
-def stop(run: Run, log: "Log", fault: InputError | None) -> None:
-    """Save and leave: after a signal, or because some rank cannot go on."""
-    saved = save_last(run)
-    log.bar.close()
-    if fault:
-        print(f"train.py: {fault}", file=sys.stderr)
-    if run.rank == 0 and saved:
-        print(f"stopped after step {run.progress['step']}; the same command with --resume goes on", file=sys.stderr)
-    status = 128 + run.stopped[0] if run.stopped else 2  # as a shell tells of a signal
-    leave(status if saved else 2)
-
-
-def report_skipped(
-    run: Run, micro_batches: list[data.Batch], terms: dict[str, Tensor], rows: Sequence[data.Row]
-) -> None:
-    """Say what was not finite in a step that changed no weight. InputError after PATIENCE of them.
-
-    The gradient norm is that of all ranks, so all come here together; the rows are each rank's own.
-    """
-    run.progress["skipped"] += 1
-    run.skipped_in_a_row += 1
-    if run.scaler.is_enabled() and terms["total"].isfinite() and run.skipped_in_a_row < PATIENCE:
-        return  # the loss scale of fp16 was too high and is being halved
-    faulty = [rows[i][0].where for batch in micro_batches for i in not_finite(run, batch)]
-    largest = sorted(terms.items(), key=lambda item: item[1].abs().nan_to_num(torch.inf, torch.inf), reverse=True)
-    said = f"step {run.progress['step']} skipped, rank {run.rank}: " + ", ".join(f"{n} {v:.3g}" for n, v in largest[:3])
-    if faulty:
-        said += f"; rows {', '.join(faulty[:3])}"
-    if len(faulty) > 3:
-        said += f" and {len(faulty) - 3} more"
-    if run.rank == 0 or faulty:
-        tqdm.write(said, file=sys.stderr)
-    if run.skipped_in_a_row >= PATIENCE:
-        raise InputError(f"{PATIENCE} steps in a row were not finite; the last checkpoint is from before them")
-
-
-def out_of_memory(error: RuntimeError, micro: int) -> Exception:
-    """The same error, or, where memory ran out, which settings would help."""
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-        return error
-    return InputError(
-        f"out of memory with {micro} examples at a time: lower train.micro_batch, "
-        "or set train.checkpointing=true or train.amp=bf16"
-    )
-
-
-@torch.no_grad()
-def not_finite(run: Run, batch: data.Batch) -> list[int]:
-    """The numbers of those examples whose own boxes or answers are not finite."""
-    output = run.model(batch.images, batch.tokens, batch.text_pad, run.branch, run.amp)
-    boxes = [batch.boxes, *(answer for _, answer in output.answers().values())]
-    fine = torch.stack([x.flatten(1).isfinite().all(1) for x in boxes]).all(0)  # (B,)
-    return [index for index, ok in zip(batch.index, fine.tolist(), strict=True) if not ok]
-
-
-@contextmanager
-def averaged(model: nn.Module, ema: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the model holds the averaged weights (where there are any)."""
-    if not ema:
-        yield
-        return
-    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model.load_state_dict({**model.state_dict(), **ema})
-    yield
-    model.load_state_dict({**model.state_dict(), **kept})
-
-
-def selection(figures: dict[str, float]) -> float:
-    """What best.pt is chosen by: the mean of the branches' accuracies, as in the official code."""
-    main = [value for name, value in figures.items() if name.endswith(("_acc", "_f1"))]
-    return sum(main) / len(main)
-
-
-def is_due(epoch: int, settings: dict) -> bool:
-    """Whether to evaluate after this many epochs; always after the last one."""
-    regular = epoch >= settings["evaluate_from"] and epoch % settings["evaluate_every"] == 0
-    return regular or epoch == settings["epochs"]
-
-
-def validate(run: Run, split: str, dataset: data.Dataset, collate: data.Collate, log: "Log") -> None:
-    """Evaluate (the averaged weights, where there are any) and keep the best as best.pt."""
-    with averaged(run.model, run.ema):
-        _, figures = evaluate_split(run, run.model, split, dataset, collate)
-        if (value := selection(figures)) > run.progress["best"]:
-            best = {"model": run.model.state_dict(), "ema": {}, "config": run.config, "figures": figures}
-            if save(run, "best.pt", {**best, **run.made_with, **run.progress, "best": value}):
-                run.progress["best"] = value
-    log.figures(split, figures)
-
-
-def report_best(run: Run, rows: Sequence[data.Row], splits: dict, collate: data.Collate, log: "Log") -> None:
-    """Evaluate best.pt on every split: a table each, and pictures of the last split."""
-    model = models.load(run.out / "best.pt", run.model.device)
-    for split, dataset in splits.items():
-        results, figures = evaluate_split(run, model, split, dataset, collate)
-        log.figures(split, figures, weights="best")
-        if run.rank == 0:
-            grec = run.config["model"]["queries"] > 1
-            baseline = None if grec else evaluate.mean_box_accuracy([row[0] for row in rows], dataset.examples)
-            evaluate.print_table(split, figures, evaluate.by_kind(results, dataset.examples), baseline)
-    if run.rank == 0:
-        evaluate.draw_page(dataset.examples[:16], results[:16], run.out / "samples.png")  # of the last split
-        evaluate.draw_curves(log.records, run.out / "curves.png")
-        print(f"weights: {run.out}/best.pt   pictures: {run.out}/samples.png {run.out}/curves.png")
-
-
-def evaluate_split(
-    run: Run, model: models.SimVG, split: str, dataset: data.Dataset, collate: data.Collate
-) -> tuple[list[dict[str, evaluate.Result]], dict[str, float]]:
-    """The results of a split and their summary. A signal ends the run after a batch: last.pt is from just before."""
-
-    def leave_if_stopped() -> None:
-        if run.stopped:
-            if run.rank == 0:
-                print("stopped in an evaluation; the same command with --resume goes on", file=sys.stderr)
-            sys.exit(128 + run.stopped[0])
-
-    options = {"workers": run.config["data"]["workers"], "amp": run.amp, "after_batch": leave_if_stopped}
-    results = evaluate.evaluate_dataset(model, dataset, collate, run.branch, title=split, **options)
-    return results, evaluate.summary(results, dataset.examples, run.config["model"]["queries"] > 1)
-
-
-# ----------------------------------------------------------------------------------------------------- a step
-
-
-def train_step(run: Run, micro_batches: list[data.Batch]) -> dict[str, Tensor]:
-    """One optimiser step on the micro-batches of this rank -> its loss terms and the gradient norm before clipping.
-
-    Where that norm is not finite the weights stay as they are.
-    """
-    settings, optimizer, scaler = run.config["train"], run.optimizer, run.scaler
-    factors = [settings[name] for name in ("loss_decoder", "loss_token_on_truth", "loss_token_on_teacher")]
-    queries, no_object = run.model.tqg.query_embed.num_embeddings, settings["no_object_weight"]
-    counts = sum(losses.count_targets(batch.box_mask, queries, no_object) for batch in micro_batches)
-    norm = losses.step_normalisers(counts)
-    optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, Tensor] = {}
-    for i, batch in enumerate(micro_batches):
-        last = i == len(micro_batches) - 1
-        with nullcontext() if last or run.world == 1 else run.wrapped.no_sync():
-            output = run.wrapped(batch.images, batch.tokens, batch.text_pad, run.branch, run.amp)
-            terms = losses.simvg_loss(output, batch.boxes, batch.box_mask, *factors, no_object, norm)
-            scaler.scale(terms["total"]).backward()
-        for name, value in terms.items():
-            share = len(micro_batches) if name == "teacher_weight" else 1  # a mean, where the others are parts of a sum
-            sums[name] = sums.get(name, 0) + value.detach() / share
-    scaler.unscale_(optimizer)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    sums["grad_norm"] = nn.utils.clip_grad_norm_(trained, settings["clip_norm"])
-    if not scaler.is_enabled():  # as a GradScaler does: fused Adam leaves the step out where this is 1, without a wait
-        optimizer.found_inf = (~sums["grad_norm"].isfinite()).float()
-    scaler.step(optimizer)
-    scaler.update()
-    return sums
-
-
-def make_optimizer(model: models.SimVG, settings: dict) -> torch.optim.Optimizer:
-    """Adam with two learning rates, one for the pre-trained encoder and one for the rest."""
-    encoder = [p for name, p in model.named_parameters() if name.startswith("encoder.") and p.requires_grad]
-    rest = [p for name, p in model.named_parameters() if not name.startswith("encoder.") and p.requires_grad]
-    return torch.optim.Adam(
-        [{"params": encoder, "lr": settings["lr_encoder"]}, {"params": rest, "lr": settings["lr"]}],
-        betas=tuple(settings["betas"]),
-        eps=settings["eps"],
-        weight_decay=settings["weight_decay"],
-        amsgrad=settings["amsgrad"],
-        fused=True,
-    )
-
-
-def lr_factor(
-    epoch: float, warmup_epochs: float, decay_epochs: Sequence[int] | None, decay_factor: float, epochs: int
-) -> float:
-    """What the learning rate is multiplied by in an epoch (from 0): a staircase of warm-up, then steps down.
-
-    The warm-up is (epoch + 1) / (warmup_epochs + 1); a decay at epoch s is already felt in the s-th epoch (number
-    s - 1). Without decay_epochs the rate falls linearly after the warm-up and would be zero in epoch `epochs`.
-    """
-    if epoch < warmup_epochs:
-        return (epoch + 1) / (warmup_epochs + 1)
-    if decay_epochs is None:
-        return (epochs - epoch) / (epochs - warmup_epochs)
-    return decay_factor ** sum(epoch + 1 >= decay for decay in decay_epochs)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, settings: dict, progress: dict, steps: int) -> None:
-    """Stairs move once an epoch, as in the official code; the linear decay moves every step."""
-    epoch = progress["epoch"]
-    if settings["decay_epochs"] is None and epoch >= settings["warmup_epochs"]:
-        epoch += progress["step_in_epoch"] / steps
-    schedule = (settings[name] for name in ("warmup_epochs", "decay_epochs", "decay_factor", "epochs"))
-    factor = lr_factor(epoch, *schedule)
-    for group, name in zip(optimizer.param_groups, ("lr_encoder", "lr"), strict=True):
-        group["lr"] = settings[name] * factor
-
-
-@torch.no_grad()
-def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
-    """The averaged weights after `step` (from 1) optimiser steps; young averages forget faster."""
-    if ema:
-        decay = min(decay, step / (step + 9))
-        torch._foreach_lerp_(list(ema.values()), list(model.parameters()), 1 - decay)
-
-
-# ------------------------------------------------------------------------------------------- options, ranks, folders
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train SimVG; under torchrun on every rank. A recipe is a name in configs.json, such as shapes."
-    )
-    parser.add_argument("--config", required=True, metavar="FILE:NAME", help="such as configs.json:refcoco")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as train.lr=1e-4")
-    parser.add_argument("--out", metavar="FOLDER", help="the run's folder (default: runs/NAME)")
-    parser.add_argument("--init", metavar="FILE", help="start from BEiT-3, SimVG or official SimVG weights")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    return data.parse(parser)
-
-
-def peak_memory() -> int:
-    """Bytes: the most tensors of the GPU at once, or without one the most of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def wait_for_all() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def leave(status: int) -> None:
-    wait_for_all()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(status)
+    return TrainState(config, out, rank, world, model, wrapped, make_optimizer(model, settings), scaler, branch, amp)
 
 
 def micro_batch(batch: int, most: int, world: int) -> int:
-    """The largest micro-batch of at most `most` examples that cuts a rank's share of the global batch evenly."""
+    """The largest micro-batch of at most `most` examples that divides a rank's share of the global batch evenly."""
     if batch % world:
         raise InputError(f"train.batch_size {batch} (of all ranks together) cannot be shared by {world} ranks")
-    share = batch // world
-    return next(size for size in range(min(most, share), 0, -1) if share % size == 0)
+    return max(size for size in range(1, min(most, batch // world) + 1) if batch // world % size == 0)
 
 
-def found_run(out: Path, config: dict, resume: bool) -> dict | None:
-    """The state to go on from. InputError if the folder holds any file of a run that would be replaced."""
-    found = [name for name in ("last.pt", "best.pt", "metrics.jsonl", "config.json") if (out / name).exists()]
-    if found and not resume:
-        raise InputError(f"{out}: holds a run already ({found[0]}); go on with --resume or choose another --out")
-    if found[:1] == ["best.pt"]:
-        raise InputError(f"{out}: holds best.pt but no last.pt to go on from; choose another --out")
-    if found[:1] != ["last.pt"]:
-        return None  # killed before its first checkpoint: the same start again
-    state = models.read_checkpoint(out / "last.pt")
-    with models.unpacking(out / "last.pt"):
-        config["model"]["as_released"] |= state["config"]["model"]["as_released"]  # taken over at the start
-        for section, keys in config.items():
-            for key, value in keys.items():
-                old = state["config"][section].get(key)
-                if old != value and key not in ("workers", "micro_batch", "save_minutes"):  # these may change
-                    raise InputError(f"{out}: was started with {section}.{key}={old}, cannot go on with {value}")
-    return state
-
-
-def hold(out: Path, config: str) -> TextIO:
-    """Write config.json and keep it locked for as long as it stays open: a second run in this folder is refused."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = open(out / "config.json", "a")
+def save(state: TrainState, name: str, **more: object) -> bool:
+    """Write a checkpoint on rank 0. False if that fails (a full disk): the older file stays, and training goes on."""
+    content = {"model": state.model.state_dict(), "config": state.config, **state.digests, **state.progress, **more}
+    if name == "last.pt":  # all that --resume needs
+        content |= {"ema": state.ema, "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict()}
+        content["metrics"] = "".join(state.lines)
+        state.saved_at = time.monotonic()
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would keep after a kill
-    except OSError as error:
-        if isinstance(error, BlockingIOError):  # else it is a file system without locks
-            raise InputError(f"{out}: another process is training in this folder") from None
-    file.truncate(0)
-    print(config, file=file, end="", flush=True)
-    return file
-
-
-def agree(world: int, mine: object) -> None:
-    """InputError on every rank unless all of them have the same."""
-    ranks = [mine] * world
-    if world > 1:
-        dist.all_gather_object(ranks, mine)
-    if any(theirs != ranks[0] for theirs in ranks):
-        raise InputError("the ranks differ in their rows, last.pt or section train: all must read the same files")
-
-
-def restore(run: Run, state: dict, rows: str) -> None:
-    """Fill everything from last.pt. InputError unless `rows`, a fingerprint, are those it was trained with."""
-    if state.get("rows", rows) != rows:
-        raise InputError(f"{run.config['data']['annotations']}: other rows than those that {run.out} was started with")
-    with models.unpacking(run.out / "last.pt"):
-        run.model.tokenizer_digest = state.get("tokenizer")
-        models.load_strictly(run.model, state["model"], run.out / "last.pt")
-        groups = run.optimizer.state_dict()["param_groups"]  # their numbers are those of the config
-        run.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-        for p, (_, *moments) in ((p, kept.values()) for p, kept in run.optimizer.state.items()):
-            assert all(moment.shape == p.shape for moment in moments), "a moment of Adam has another shape"
-        run.scaler.load_state_dict(state["scaler"])
-        if run.config["train"]["ema"]:
-            run.ema |= {name: state["ema"][name].to(p).view_as(p) for name, p in run.model.named_parameters()}
-        run.progress |= {name: type(value)(state[name]) for name, value in run.progress.items()}
-
-
-def save_last(run: Run) -> bool:
-    parts = {"model": run.model.state_dict(), "ema": run.ema, "optimizer": run.optimizer.state_dict()}
-    parts |= {"scaler": run.scaler.state_dict(), "config": run.config}
-    return save(run, "last.pt", {**parts, **run.made_with, **run.progress})
-
-
-def save(run: Run, name: str, state: dict) -> bool:
-    """Rank 0 writes. Where that fails (a full disk) the older file stays, and training goes on to the next time."""
-    try:
-        if run.rank == 0:
-            models.save(run.out / name, state)
+        if state.rank == 0:
+            models.save(state.out / name, content)
     except models.CheckpointError as error:
         tqdm.write(f"train.py: {error}", file=sys.stderr)
         return False
     return True
 
 
-class Log:
-    """metrics.jsonl: one JSON object a line, the training rows as means over LOG_EVERY steps and over the ranks."""
+def read_saved(out: Path, config: dict, resume: bool) -> dict | None:
+    """The content of last.pt, None before the first save. InputError if the folder holds another run."""
+    found = [name for name in ("last.pt", "best.pt", "metrics.jsonl", "config.json") if (out / name).exists()]
+    if found and not resume:
+        raise InputError(f"{out}: holds a run already ({found[0]}); go on with --resume or choose another --out")
+    if found[:1] == ["best.pt"]:
+        raise InputError(f"{out}: holds best.pt but no last.pt to go on from; choose another --out")
+    if found[:1] != ["last.pt"]:
+        return None
+    saved = models.read_checkpoint(out / "last.pt")
+    with models.unpacking(out / "last.pt"):
+        config["model"]["as_released"] |= saved["config"]["model"]["as_released"]  # --init may have set it
+        for section, keys in config.items():
+            for key, value in keys.items():
+                old = saved["config"][section].get(key)
+                if old != value and key not in ("workers", "micro_batch", "save_minutes"):  # these may change
+                    raise InputError(f"{out}: was started with {section}.{key}={old}, cannot go on with {value}")
+    return saved
 
-    def __init__(self, run: Run, steps: int):
-        self.run, self.path, self.records = run, run.out / "metrics.jsonl", []
-        self.sums: dict[str, Tensor] = {}
-        self.steps, self.waited, self.seconds = 0, 0.0, 0.0
-        quiet = None if run.rank == 0 else True  # None: no bar where stderr is no terminal
-        total, done = run.config["train"]["epochs"] * steps, run.progress["step"]
-        self.bar = tqdm(total=total, initial=done, disable=quiet, unit="step", dynamic_ncols=True)
-        if run.rank:
-            return
-        if self.path.exists():  # a killed run may have written rows that its checkpoint knows nothing of
-            rows = []
-            for line in self.path.read_text(errors="replace").splitlines():
-                with suppress(ValueError):  # a line that a kill or a full disk cut
-                    rows.append(json.loads(line))
-            again = run.progress["step_in_epoch"] == steps  # the evaluation of the epoch that just ended comes again
-            evaluated = done - 1 if again else done
-            self.records = [row for row in rows if row["step"] <= (done if row["split"] == "train" else evaluated)]
-        part = Path(f"{self.path}.part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in self.records))
-        part.replace(self.path)
 
-    def step(self, terms: dict[str, Tensor], waited: float, seconds: float) -> None:
-        run, progress = self.run, self.run.progress
-        self.bar.update()
-        for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, 0) + value
-        self.steps, self.waited, self.seconds = self.steps + 1, self.waited + waited, self.seconds + seconds
-        if progress["step"] % LOG_EVERY:
-            return
-        means = losses.global_sum(torch.stack([value.float() for value in self.sums.values()])) / self.steps / run.world
-        row = {"split": "train", "epoch": progress["epoch"] + 1, "step": progress["step"]}
-        row |= {name: round(value, 6) for name, value in zip(self.sums, means.tolist(), strict=True)}
-        row |= {"lr_encoder": run.optimizer.param_groups[0]["lr"], "lr": run.optimizer.param_groups[1]["lr"]}
-        row |= {"samples_per_s": round(self.steps * run.config["train"]["batch_size"] / self.seconds, 1)}
-        row |= {"data_wait": round(self.waited / self.seconds, 4), "peak_memory_gb": round(peak_memory() / 1e9, 2)}
-        row |= {"skipped": progress["skipped"]}
-        self.write(row)
-        self.bar.set_postfix(loss=f"{row['total']:.3f}")
-        if run.rank == 0 and self.bar.disable and progress["step"] % (25 * LOG_EVERY) == 0:  # no terminal: plain lines
-            print(f"step {progress['step']}/{self.bar.total}  loss {row['total']:.3f}", file=sys.stderr, flush=True)
-        self.sums, self.steps, self.waited, self.seconds = {}, 0, 0.0, 0.0
+def restore(state: TrainState, saved: dict) -> None:
+    """Fill the new state from last.pt. InputError if that was trained on other rows."""
+    if saved.get("rows", state.digests["rows"]) != state.digests["rows"]:
+        raise InputError(f"{state.out}: was started with other rows than {state.config['data']['annotations']} holds")
+    with models.unpacking(state.out / "last.pt"):
+        state.model.tokenizer_digest = saved.get("tokenizer")
+        models.load_strictly(state.model, saved["model"], state.out / "last.pt")
+        # The optimiser's moments come from the file, its numbers from the config. torch compares no shapes here.
+        state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": saved["optimizer"]["state"]})
+        names = ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * state.config["train"]["amsgrad"]]
+        for p, kept in state.optimizer.state.items():
+            assert kept["step"].dim() == 0 and all(kept[name].shape == p.shape for name in names), "a moment's shape"
+        state.scaler.load_state_dict(saved["scaler"])
+        if state.config["train"]["ema"]:
+            state.ema |= {name: saved["ema"][name].to(p).view_as(p) for name, p in state.model.named_parameters()}
+        state.progress |= {name: type(value)(saved[name]) for name, value in state.progress.items()}
+        state.lines += saved.get("metrics", "").splitlines(keepends=True)
 
-    def figures(self, split: str, figures: dict[str, float], weights: str = "last") -> None:
-        progress = self.run.progress
-        row = {"split": split, "weights": weights, "epoch": progress["epoch"], "step": progress["step"]}
-        self.write(row | {name: round(value, 6) for name, value in figures.items()})
-        if self.run.rank == 0:
-            shown = "  ".join(f"{k} {100 * v:.1f}" for k, v in figures.items() if k not in ("n", "n_none"))
-            title = "best.pt" if weights == "best" else f"epoch {row['epoch']}"
-            tqdm.write(f"{title}  {split}: {shown}", file=sys.stderr)
 
-    def write(self, row: dict) -> None:
-        if self.run.rank == 0:
-            self.records.append(row)
-            end = self.path.stat().st_size if self.path.exists() else 0
-            try:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-            except OSError as error:
-                tqdm.write(f"train.py: {self.path}: {error.strerror}", file=sys.stderr)
-                with suppress(OSError):
-                    os.truncate(self.path, end)  # no half line, which the next one would join
+# --------------------------------------------------------------------------------- when something goes wrong; ranks
+
+
+def next_micro_batches(state: TrainState, stream: Iterator[data.Batch], count: int) -> list[data.Batch]:
+    """The micro-batches of the next step, on the device. Or the end of the run, with its state saved: all ranks stop
+    here, before the same step, when one of them got a signal or cannot read its data."""
+    micro_batches, fault = [], None
+    try:
+        micro_batches = [next(stream) for _ in range(count)]
+    except InputError as error:  # a damaged image, or a loader process that was killed
+        fault = error
+    if losses.global_sum(torch.tensor(len(state.signals) + (fault is not None))) == 0:  # on the host: no GPU waits
+        return [batch.to(state.model.device) for batch in micro_batches]
+    saved = save(state, "last.pt")
+    wait_for_all(leave=True)  # when one rank leaves, torchrun ends the others, and rank 0 may still be writing
+    if fault:
+        tqdm.write(f"train.py: {fault}", file=sys.stderr)
+    stop(state, f"after step {state.progress['step']}", saved)
+
+
+def stop(state: TrainState, where: str, saved: bool = True) -> None:
+    """End this process early, after a signal with the exit status that a shell would report, otherwise with 2."""
+    if state.rank == 0 and saved:
+        tqdm.write(f"stopped {where}; the same command with --resume goes on", file=sys.stderr)
+    sys.exit(128 + state.signals[0] if state.signals and saved else 2)
+
+
+def report_skipped(state: TrainState, terms: dict[str, Tensor], micro_batches: list[data.Batch]) -> None:
+    """Report a step that changed no weight, because its gradient is not finite; InputError after PATIENCE of them."""
+    state.progress["skipped"] += 1
+    state.skipped_in_a_row += 1
+    # In fp16 some first steps overflow, until the scaler has halved its factor often enough. Their loss is finite.
+    if not (state.scaler.is_enabled() and terms["total"].isfinite()):
+        values = ", ".join(f"{name} {value:.3g}" for name, value in terms.items())
+        rows = ", ".join(state.rows[i][0].where for batch in micro_batches for i in batch.index)
+        tqdm.write(f"step {state.progress['step']} skipped, rank {state.rank}: {values}; rows {rows}", file=sys.stderr)
+    if state.skipped_in_a_row == PATIENCE:
+        raise InputError(f"{PATIENCE} steps in a row were not finite; the last checkpoint is from before them")
+
+
+def wait_for_all(leave: bool = False) -> None:
+    """Wait until every rank is here, then maybe part from them."""
+    if dist.is_initialized():
+        dist.barrier()
+        if leave:
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -113,22 +113,22 @@ def plain_forward(model: models.SimVG, *inputs) -> models.Output:
         return with_encoder(model, partial(plain_encoder, model.encoder), *inputs)
 
 
-def plain_step(run: train.Run, batch: data.Batch, encoder: Callable | None = None) -> None:
+def plain_step(state: train.TrainState, batch: data.Batch, encoder: Callable | None = None) -> None:
     with nullcontext() if encoder else glibc_limits():
-        encoder = encoder or partial(plain_encoder, run.model.encoder)
-        output = with_encoder(run.model, encoder, *batch[:3], "both", run.amp)
+        encoder = encoder or partial(plain_encoder, state.model.encoder)
+        output = with_encoder(state.model, encoder, *batch[:3], "both", state.amp)
         terms = losses.simvg_loss(output, batch.boxes, batch.box_mask)
-        run.optimizer.zero_grad()
+        state.optimizer.zero_grad()
         terms["total"].backward()
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.15)
-        run.optimizer.step()
-        plain_average(run)
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), 0.15)
+        state.optimizer.step()
+        plain_average(state)
 
 
 @torch.no_grad()
-def plain_average(run: train.Run) -> None:
-    for name, p in run.model.named_parameters():
-        run.ema[name].copy_(0.999 * run.ema[name] + 0.001 * p)
+def plain_average(state: train.TrainState) -> None:
+    for name, p in state.model.named_parameters():
+        state.ema[name].copy_(0.999 * state.ema[name] + 0.001 * p)
 
 
 @contextmanager
@@ -328,33 +328,33 @@ def steps(table: Table, config: dict, batch: int, rounds: int) -> None:
     inputs, taken, peaks = example(config["model"], batch), {}, {}
     before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
     for kind in KINDS:
-        run = build(config, "bf16" if "bf16" in kind else "", "compiled" in kind)
+        state = build(config, "bf16" if "bf16" in kind else "", "compiled" in kind)
         if kind.startswith("plain"):
-            run.optimizer = plain_adam(run.model)
-        step = partial(plain_step if kind.startswith("plain") else our_step, run, inputs)
+            state.optimizer = plain_adam(state.model)
+        step = partial(plain_step if kind.startswith("plain") else our_step, state, inputs)
         if DEVICE.type == "cuda":
             peaks[kind] = peak(step, before)
         taken |= medians({kind: step}, rounds)
-        del run, step
+        del state, step
     table.rows(f"training step, batch {batch}", taken, batch, 3 * flops(config["model"], 20, "both"), {}, peaks)
 
 
-def build(config: dict, amp: str, compiled: bool = False) -> train.Run:
+def build(config: dict, amp: str, compiled: bool = False) -> train.TrainState:
     config = copy.deepcopy(config)
     config["train"] |= {"amp": amp, "compile": compiled}
-    run = train.build(config, Path("."), 0, 1, DEVICE)
-    run.ema |= {name: p.detach().clone() for name, p in run.model.named_parameters()}
-    run.model.train()
-    return run
+    state = train.build(config, Path("."), 0, 1, DEVICE)
+    state.ema |= {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    state.model.train()
+    return state
 
 
 def plain_adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), 1e-5, (0.9, 0.98), 1e-9, amsgrad=True)
 
 
-def our_step(run: train.Run, batch: data.Batch) -> None:
-    train.train_step(run, [batch])
-    train.update_ema(run.ema, run.model, 0.999, 100_000)
+def our_step(state: train.TrainState, batch: data.Batch) -> None:
+    train.train_step(state, [batch])
+    train.update_ema(state.ema, state.model, 0.999, 100_000)
 
 
 def end_to_end(table: Table, net: models.SimVG, batch: int, rounds: int) -> None:
@@ -392,11 +392,11 @@ def end_to_end(table: Table, net: models.SimVG, batch: int, rounds: int) -> None
 def kernels(size: str, batch: int) -> None:
     """The five operations that a training step in bf16 spends most time in."""
     config = data.load_config(f"{CONFIGS}:refcoco{'-large' if size == 'large' else ''}")
-    run, inputs = build(config, "bf16"), example(config["model"], batch)
-    our_step(run, inputs)
+    state, inputs = build(config, "bf16"), example(config["model"], batch)
+    our_step(state, inputs)
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE.type == "cuda")
     with profile(activities=kinds) as seen:
-        our_step(run, inputs)
+        our_step(state, inputs)
         wait()
     order = "self_cpu_time_total" if DEVICE.type == "cpu" else "self_device_time_total"
     print(seen.key_averages().table(sort_by=order, row_limit=5, max_name_column_width=60))
@@ -435,15 +435,15 @@ def parts(rounds: int) -> None:
     del net, calls
     inputs = example(config["model"], 2 if DEVICE.type == "cpu" else 32)
     for name in PRECISIONS:
-        run = build(config, name.removeprefix("fp32"))
-        run.optimizer, ours = plain_adam(run.model), run.optimizer
-        encoders = {"plain": None} | ladder(run.model)
+        state = build(config, name.removeprefix("fp32"))
+        state.optimizer, ours = plain_adam(state.model), state.optimizer
+        encoders = {"plain": None} | ladder(state.model)
         del encoders["last layer: only rows that are read"]  # in training all are
-        taken = medians({n: partial(plain_step, run, inputs, e) for n, e in encoders.items()}, rounds)
-        run.optimizer = ours
-        taken |= medians({"Adam in one kernel, averages in another": partial(our_step, run, inputs)}, rounds)
+        taken = medians({n: partial(plain_step, state, inputs, e) for n, e in encoders.items()}, rounds)
+        state.optimizer = ours
+        taken |= medians({"Adam in one kernel, averages in another": partial(our_step, state, inputs)}, rounds)
         gains(f"training step, batch {len(inputs.index)}, {name}", taken)
-        del run, ours, encoders
+        del state, ours, encoders
 
 
 def gains(title: str, taken: dict[str, float]) -> None:

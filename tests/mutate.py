@@ -218,9 +218,10 @@ FAR_LAYERS = [f"head.transformer.decoder.layers.{n}.norms.0.weight" for n in (7,
 def made() -> dict[str, dict]:
     """A checkpoint of each kind, small, and the run that wrote `last.pt`."""
     config = data.load_config(f"{ROOT}/configs.json:shapes") | {"model": TINY}
-    run = train.build(config, Path("runs/mutate"), 0, 1, torch.device("cpu"))
-    parts = {"model": run.model.state_dict(), "ema": {}, "config": config}
-    last = {**parts, "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), **run.progress}
+    state = train.build(config, Path("runs/mutate"), 0, 1, torch.device("cpu"))
+    parts = {"model": state.model.state_dict(), "ema": {}, "config": config}
+    last = {**parts, "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict()}
+    last |= {**state.progress, "metrics": ""}
     encoder = {
         f"beit3.{name.removeprefix('vis_enc.beit3.')}": value
         for name, value in official_state().items()
@@ -228,7 +229,7 @@ def made() -> dict[str, dict]:
     }
     return {
         "last": last,
-        "best": {**parts, "figures": {"token_acc": 0.5}, **run.progress},
+        "best": {**parts, "figures": {"token_acc": 0.5}, **state.progress},
         "official": {"state_dict": official_state(), "meta": {"epoch": 1}},
         "averaged": {"state_dict": {}, "ema_state_dict": {f"module.{k}": v for k, v in official_state().items()}},
         "beit3": {"model": encoder},
@@ -253,10 +254,10 @@ def checkpoints(folder: Path, rng: random.Random) -> None:
         models.initialise(tiny_model() if kind in ("last", "best") else models.SimVG(**sizes), path)
     else:
         config = data.load_config(f"{ROOT}/configs.json:shapes") | {"model": TINY}
-        run = train.build(config, folder, 0, 1, torch.device("cpu"))
-        run.made_with = {"tokenizer": "", "rows": ""}
-        if found := train.found_run(folder, config, True):
-            train.restore(run, found)
+        state = train.build(config, folder, 0, 1, torch.device("cpu"))
+        state.digests |= {"tokenizer": "", "rows": ""}
+        if saved := train.read_saved(folder, config, True):
+            train.restore(state, saved)
 
 
 KINDS = {each.__name__: each for each in (rows, foreign, configs, settings, checkpoints)}

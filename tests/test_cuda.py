@@ -137,15 +137,15 @@ def test_a_training_step_reads_no_number_and_leaves_all_its_state_on_the_gpu(amp
     config["train"] |= {"amp": amp, "ema": True, "amsgrad": True}
     with fake_cuda(monkeypatch, backward=True):
         with CUDA:
-            run = train.build(config, Path(), 0, 1, CUDA)
-        run.model.train()
-        run.ema |= {name: p.detach().clone() for name, p in run.model.named_parameters()}
-        assert run.scaler.is_enabled() == (amp == "fp16")
-        terms = train.train_step(run, [fake_batch(grec), fake_batch(grec)])
-        train.update_ema(run.ema, run.model, 0.999, 1)
-        gradients = {name: p.grad for name, p in run.model.named_parameters()}
-        states = {f"{n} {k}": v for n, s in enumerate(run.optimizer.state.values()) for k, v in s.items()}
-        assert right(terms) and right(gradients) and right(states) and right(run.ema)
+            state = train.build(config, Path(), 0, 1, CUDA)
+        state.model.train()
+        state.ema |= {name: p.detach().clone() for name, p in state.model.named_parameters()}
+        assert state.scaler.is_enabled() == (amp == "fp16")
+        terms = train.train_step(state, [fake_batch(grec), fake_batch(grec)])
+        train.update_ema(state.ema, state.model, 0.999, 1)
+        gradients = {name: p.grad for name, p in state.model.named_parameters()}
+        states = {f"{n} {k}": v for n, s in enumerate(state.optimizer.state.values()) for k, v in s.items()}
+        assert right(terms) and right(gradients) and right(states) and right(state.ema)
 
 
 @new_enough
@@ -198,13 +198,14 @@ def test_a_step_reads_its_gradient_norm_and_for_grec_the_costs_of_matching_and_a
 ):
     config = data.load_config(f"{ROOT}/configs.json:shapes")
     config["model"] |= {**TINY, "queries": 4 if grec else 1}
-    run = train.build(config, Path(), 0, 1, torch.device("cpu"))
+    state = train.build(config, Path(), 0, 1, torch.device("cpu"))
     monkeypatch.setattr("test_cuda.CUDA", torch.device("cpu"))
     batch = fake_batch(grec)
-    loss = losses.simvg_loss(run.model(*batch[:3]), batch.boxes, batch.box_mask)["total"]
+    loss = losses.simvg_loss(state.model(*batch[:3]), batch.boxes, batch.box_mask)["total"]
     assert reads(loss.backward) == 0
-    run.optimizer.step = lambda: None  # on a CPU, Adam reads a count of steps for each tensor; on CUDA it reads nothing
-    assert reads(lambda: bool(train.train_step(run, [batch])["grad_norm"].isfinite())) == (2 if grec else 1)
+    # On a CPU, Adam reads a count of steps for each tensor; on CUDA it reads nothing.
+    state.optimizer.step = lambda: None
+    assert reads(lambda: bool(train.train_step(state, [batch])["grad_norm"].isfinite())) == (2 if grec else 1)
 
 
 @pytest.mark.gpu

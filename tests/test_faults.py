@@ -182,7 +182,7 @@ class Planted:
 
 @pytest.mark.parametrize("config", ["shapes", "shapes-grec"])
 @pytest.mark.parametrize("where", ["image", "box"])
-def test_a_step_that_is_not_finite_is_skipped_with_its_row_named(where, config, shapes, monkeypatch, capfd):
+def test_a_step_that_is_not_finite_is_skipped_with_its_rows_named(where, config, shapes, monkeypatch, capfd):
     monkeypatch.setattr(data, "batches", Planted(data.batches, where))
     out = f"nan-{where}-{config}"
     start(shapes, out, "train.epochs=1", "train.batch_size=4", "train.ema=true", config=config)
@@ -193,7 +193,8 @@ def test_a_step_that_is_not_finite_is_skipped_with_its_row_named(where, config, 
         )
     )
     assert line.startswith("step 4 skipped, rank 0: ") and "nan" in line
-    assert line.endswith(f"; rows data/{config}/train.jsonl:{numbers[3][1][1] + 1}")
+    rows_of_step = [f"data/{config}/train.jsonl:{row + 1}" for _, row in numbers[3]]
+    assert line.endswith(f"; rows {', '.join(rows_of_step)}")
     state = last(shapes, out)
     assert all(value.isfinite().all() for part in ("model", "ema") for value in state[part].values())
     assert state["skipped"] == 1 and all(r["total"] == r["total"] for r in rows(shapes, out) if "total" in r)
@@ -394,13 +395,13 @@ def test_a_last_pt_of_a_wrong_inside_is_one_line_whatever_is_wrong(shapes, train
     for _ in range(100):
         models.save(tmp_path / "last.pt", mutated(whole, rng))
         config = data.load_config(f"{ROOT}/configs.json:shapes", SMALL_RUN)
-        run = train.build(config, tmp_path, 0, 1, torch.device("cpu"))
+        state = train.build(config, tmp_path, 0, 1, torch.device("cpu"))
+        state.digests["rows"] = whole["rows"]
         try:
-            train.restore(run, train.found_run(tmp_path, config, True), whole["rows"])
-            terms = {p: torch.zeros_like(p) for p in run.model.parameters()}
-            for p, gradient in terms.items():
-                p.grad = gradient
-            run.optimizer.step()
+            train.restore(state, train.read_saved(tmp_path, config, True))
+            for p in state.model.parameters():
+                p.grad = torch.zeros_like(p)
+            state.optimizer.step()
         except (data.InputError, models.CheckpointError) as error:
             refused += 1
             assert str(tmp_path) in str(error) or "other rows" in str(error)
@@ -425,7 +426,7 @@ def test_a_run_does_not_go_on_with_other_rows(shapes):
     start(shapes, "minerows", *settings)
     start(shapes, "minerows", *settings, "--resume")
     own_rows(shapes, shapes, 1, 32)
-    with pytest.raises(data.InputError, match="other rows than those that runs/minerows was started with"):
+    with pytest.raises(data.InputError, match="runs/minerows: was started with other rows than"):
         start(shapes, "minerows", *settings, "--resume")
 
 

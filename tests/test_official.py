@@ -141,15 +141,14 @@ def test_six_training_steps_end_at_the_official_weights(tmp_path):
     config = data.load_config(f"{ROOT}/configs.json:refcoco")
     settings, optimizer = config["train"], train.make_optimizer(model, config["train"])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    run = train.Run(config, tmp_path, 0, 1, model, model, optimizer, scaler, {}, "both", None)
+    state = train.TrainState(config, tmp_path, 0, 1, model, model, optimizer, scaler, "both", None)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
     boxes, mask = targets("rec_balanced", golden("losses.npz"))
     batch = data.Batch(*inputs("rec", forward), boxes, mask, [0, 1, 2, 3])
     for step, row in enumerate(log):
-        progress = {"epoch": row["epoch"], "step_in_epoch": step % 2}
-        train.set_learning_rate(optimizer, settings, progress, 2)
+        train.set_learning_rate(optimizer, settings, row["epoch"] + step % 2 / 2)
         assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([row["lr"][0], row["lr"][-1]])
-        terms = train.train_step(run, [batch])
+        terms = train.train_step(state, [batch])
         assert float(terms["total"]) == pytest.approx(row["losses"]["loss_total"], abs=2e-4)
         assert float(terms["grad_norm"]) == pytest.approx(row["grad_norm_before_clip"], rel=1e-4)
         train.update_ema(ema, model, 0.999, step + 1)

@@ -37,8 +37,8 @@ def test_help_fits_a_terminal_of_80_columns_and_explains_every_option(line, monk
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("train --confg configs.json:shapes", "there is no --confg, did you mean '--config'?"),
-        ("train --config configs.json:shapes --reusme", "there is no --reusme, did you mean '--resume'?"),
+        ("train --confg configs.json:shapes", "required: --config"),
+        ("train --config configs.json:shapes --reusme", "unrecognized arguments: --reusme"),
         ("evaluate --chpt best.pt", "there is no --chpt, did you mean '--ckpt'?"),
         ("evaluate --ckpt best.pt --atention", "there is no --atention, did you mean '--attention'?"),
         ("evaluate --ckpt=best.pt --repotr=a.html", "there is no --repotr, did you mean '--report'?"),

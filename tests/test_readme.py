@@ -70,6 +70,18 @@ def test_every_named_recipe_and_key_exists():
         assert key in known, f"{section}.{key}"
 
 
+@pytest.mark.parametrize("section", ["model", "data", "train"])
+def test_every_key_of_the_default_recipe_is_explained_in_its_module(section):
+    """Either in a table of the module's docstring or in a comment beside the key."""
+    source = (ROOT / f"{section}.py").read_text()
+    head = ast.get_docstring(ast.parse(source), clean=False)
+    table = [name for names in re.findall(r"^ {4}(\w+(?:, \w+)*) {2,}\S", head, re.M) for name in names.split(", ")]
+    beside = re.findall(rf'^\s+"?(?:{section}\.)?(\w+)"?: .*  # \S', source, re.M)
+    default = json.loads((ROOT / "configs.json").read_text())["default"]
+    assert default[section].keys() <= {*table, *beside}
+    assert len(table) == len(set(table))
+
+
 def test_the_readme_fits_in_300_lines():
     assert len(TEXT.splitlines()) <= 300
 

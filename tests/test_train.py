@@ -99,15 +99,15 @@ import data, evaluate, train
 recipe, choices, *settings = sys.argv[1:]
 rank, world, device = evaluate.join_ranks()
 config = data.load_config(recipe, settings)
-rows, text = data.read_rows(config["data"], "train"), config["data"]
-collate = data.Collate(data.Tokenizer(text["tokenizer"]), text["max_tokens"])
+rows = data.read_rows(config["data"], "train")
+collate = data.Collate(data.Tokenizer(config["data"]["tokenizer"]), config["data"]["max_tokens"])
 batch = collate([data.Dataset(rows, 32)[0, 8 * rank + i] for i in range(8)])
 for factors in json.loads(choices):
     names = "loss_decoder", "loss_token_on_truth", "loss_token_on_teacher"
     config["train"] |= dict(zip(names, factors))
-    run = train.build(config, Path(), rank, world, device)
-    run.model.train()
-    steps = [train.train_step(run, [batch, batch]) for _ in range(3)]
+    state = train.build(config, Path(), rank, world, device)
+    state.model.train()
+    steps = [train.train_step(state, [batch, batch]) for _ in range(3)]
     assert all(value.isfinite() for step in steps for value in step.values())
     if rank == 0:
         print("three finite steps", factors)
