@@ -151,8 +151,8 @@ def mean_box_accuracy(train: Sequence[data.Example], examples: Sequence[data.Exa
         return None
     boxes = []  # of both sets, (n, 4) xyxy, as if every image were 1000 pixels wide and high
     for some in (train, examples):
-        rows = torch.tensor([(*each.boxes[0], *each.size, *each.size) for each in some if each.boxes]).double()
-        xywh, sizes = rows.reshape(-1, 8).split(4, dim=1)
+        rows = torch.tensor([(*each.boxes[0], *each.size, *each.size) for each in some if each.boxes])
+        xywh, sizes = rows.double().reshape(-1, 8).split(4, dim=1)
         boxes.append(1000 * box_convert(xywh / sizes, "xywh", "xyxy"))
     return rec_correct(boxes[0].mean(0).expand_as(boxes[1]), boxes[1]).sum().item() / len(examples)
 
@@ -230,7 +230,7 @@ def ground(
         given = f"{tuple(picture.shape)} {picture.dtype} and {texts!r:.60}"
         raise InputError(f"expected an image (3, H, W) uint8 and a list of phrases, not {given}")
     check_tokenizer(model, tokenizer)
-    max_tokens = max_tokens or model.max_tokens or 20
+    max_tokens = max_tokens or model.max_tokens or 20  # a model that was not loaded from a file knows no number
     for text in texts:
         data.check_expression(text, "--text")
         seen, was_cut = tokenizer.seen(text, max_tokens)
@@ -258,8 +258,8 @@ def draw_page(examples: Sequence[data.Example], results: Sequence[Answers], path
     tiles = []
     for example, result in zip(examples, results, strict=True):
         image = data.read_image(example.image, example.size, example.where)  # (3, H, W)
-        width, height = image.shape[2], image.shape[1]
-        truth = data.clip_boxes(example.boxes, width, height) / torch.tensor([width, height] * 2)  # (m, 4) in 0..1
+        size = image.shape[2], image.shape[1]  # width, height
+        truth = data.clip_boxes(example.boxes, *size) / torch.tensor([*size, *size])  # (m, 4) xyxy in 0..1
         boxes = {"truth": truth} | {branch: answer.boxes for branch, answer in result.items()}
         tiles.append(data.draw(image, boxes, example.expression))
     data.tile(tiles, path, columns=4)
@@ -316,7 +316,7 @@ def print_attention(title: str, model: models.SimVG, dataset: data.Dataset, coll
     print(f"{title}, {len(having)} expressions: the true box covers {area:.1f} % of the image")
     print("of the attention that falls on patches, % inside the true box, layer by layer:")
     print(f"{'object token':<18}" + "".join(f"{share:>8.1f}" for share in layers[: len(maps.object_token)]))
-    if branch != "token":  # else the decoder was never trained
+    if branch != "token":  # the decoder was trained, and is asked for
         print(f"{'decoder query':<18}" + "".join(f"{share:>8.1f}" for share in layers[len(maps.object_token) :]))
 
 
@@ -342,7 +342,8 @@ def draw_attention(model: models.SimVG, image: Tensor, texts: Sequence[str], col
 
 def report(path: str, title: str, splits: dict[str, tuple[list, list]], grec: bool) -> None:
     """Write the answers as one HTML file that needs nothing else. `splits`: {name: (its examples, their answers)}."""
-    # 1. Every answer that is shown has a picture. Too many images: take some, spread evenly, and only their answers.
+    # 1. Every answer in the report has its picture. If there are too many images, it holds the answers to an even
+    # spread of them.
     answers = [(split, *pair) for split, pairs in splits.items() for pair in zip(*pairs, strict=True)]
     images = list({example.image: example for _, example, _ in answers}.values())  # one example of each image
     if len(images) > PICTURES:
@@ -355,14 +356,14 @@ def report(path: str, title: str, splits: dict[str, tuple[list, list]], grec: bo
         picture.thumbnail((192, 192))
         picture.save(file := io.BytesIO(), "JPEG", quality=75)
         pictures[example.image]["jpeg"] = base64.b64encode(file.getvalue()).decode()
-    # 2. The rows of the page, with boxes in pixels of the image.
+    # 2. What the page shows of each answer, with boxes in pixels of the image.
     rows = []
     for split, example, result in (each for each in answers if each[1].image in pictures):
         size = pictures[example.image]["size"]
         truth = data.clip_boxes(example.boxes, *size)[: None if grec else 1]  # (m, 4); in REC the first one counts
         row = {"split": split, "text": example.expression, "image": example.image, "where": example.where}
         row |= {"groups": ["all", *groups_of(example)], "truth": truth.round(decimals=1).tolist()}
-        row |= {"branches": {}, "errors": 0, "iou": 0.0}  # of all branches together
+        row |= {"branches": {}, "errors": 0, "iou": 0.0}  # the last two are sums over the branches, to sort by
         for branch, answer in result.items():
             boxes = answer.boxes.double().nan_to_num(0) * torch.tensor([*size, *size])  # (n, 4)
             iou = float(len(truth) == len(boxes))  # where nothing is to be found or nothing was answered
@@ -370,8 +371,7 @@ def report(path: str, title: str, splits: dict[str, tuple[list, list]], grec: bo
                 iou = box_iou(truth, boxes).nan_to_num(0).amax(1).mean().item()  # of each true box, its best answer
             scores = " ".join(f"{score:.2f}" for score in answer.scores.tolist()) or "none"
             says = f"{branch} {'right' if answer.correct else 'wrong'}: IoU {iou:.2f}, score {scores}"
-            boxes = boxes.round(decimals=1).tolist()
-            row["branches"][branch] = {"right": answer.correct, "says": says, "boxes": boxes}
+            row["branches"][branch] = {"right": answer.correct, "says": says, "boxes": boxes.round(decimals=1).tolist()}
             row |= {"errors": row["errors"] + (not answer.correct), "iou": row["iou"] + iou}
         rows.append(row)
     # 3. The file.
@@ -556,7 +556,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-# The page: the accuracy of what is selected, and a card for each answer. Texts of the data are set as textContent.
+# The page: the accuracy of what is selected, and a card for each answer. Data is only ever set as text, never as HTML.
 PAGE = r"""<!doctype html>
 <meta charset="utf-8"><title>SimVG report</title>
 <style>
@@ -567,25 +567,21 @@ PAGE = r"""<!doctype html>
   .card { background: #222526; border-top: 3px solid #2a7; padding: .4rem; } .wrong { border-color: #c33; }
   rect { fill: none; stroke: currentcolor; stroke-width: 2px; vector-effect: non-scaling-stroke; }
   .truth { color: lime; stroke-dasharray: 7 5; } .decoder { color: orange; } .token { color: deepskyblue; }
-</style>
-<p id="title"></p><table id="table"></table>
+</style><p id="title"></p><table id="table"></table>
 <div id="bar">
   <select id="split"></select> <select id="answers"></select> <select id="group"></select> <select id="order"></select>
   <input id="search" type="search" placeholder="search the text">
   <button id="back">previous page</button> <button id="next">next page</button> <span id="shown"></span>
   boxes: <span class="truth">truth</span> <span class="decoder">decoder</span> <span class="token">token</span>
 </div><div id="cards"></div>
-<script id="content" type="application/json">CONTENT</script>
-<script>
+<script id="content" type="application/json">CONTENT</script><script>
 const byId = id => document.getElementById(id), data = JSON.parse(byId("content").textContent), perPage = 48;
 const branches = Object.keys(data.rows[0].branches), groups = [...new Set(data.rows.flatMap(row => row.groups))];
 const filters = {"all answers": row => true, "a branch is wrong": row => row.errors, "all right": row => !row.errors};
 for (const b of branches) filters[`${b} wrong`] = row => !row.branches[b].right;
 if (branches.length > 1) filters["one right, one wrong"] = row => row.errors === 1;
-const orders = {
-  "wrong first": (a, b) => b.errors - a.errors, "as in the file": () => 0,
-  "lowest IoU first": (a, b) => a.iou - b.iou, "highest IoU first": (a, b) => b.iou - a.iou,
-};
+const orders = {"wrong first": (a, b) => b.errors - a.errors, "as in the file": () => 0,
+  "lowest IoU first": (a, b) => a.iou - b.iou, "highest IoU first": (a, b) => b.iou - a.iou};
 const choices = {split: data.splits, answers: Object.keys(filters), group: groups, order: Object.keys(orders)};
 let page = 0, found = [];
 function make(parent, name, text = "", attributes = {}) {
