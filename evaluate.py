@@ -322,28 +322,28 @@ def print_attention(title: str, model: models.SimVG, dataset: data.Dataset, coll
 
 @torch.inference_mode()
 def draw_attention(model: models.SimVG, image: Tensor, texts: Sequence[str], collate: data.Collate, path: str) -> None:
-    """Save pictures of where the object token, the decoder's best query and each word attend to in the last layers."""
+    """Save a row of pictures for each phrase: where the object token, the decoder's best query and each word look."""
     resized = data.resize(image, model.image_size, model.image_size).expand(len(texts), -1, -1, -1)  # (B, 3, S, S)
     inputs = (resized, *collate.tokenizer(texts, collate.max_tokens))  # (B, 3, S, S), 2 of (B, L)
     maps = model.attention_maps(*(x.to(model.device) for x in inputs))  # of the decoder even if it was never trained
     grey, red = image.float().mean(0, keepdim=True) * 0.6, torch.tensor([255.0, 40.0, 0.0])[:, None, None]
-    tiles = []
-    for i, text in enumerate(texts):
+    words = [collate.tokenizer.pieces(text, collate.max_tokens) for text in texts]
+    tiles, columns = [], 3 + max(map(len, words))
+    for i, text in enumerate(texts):  # maps of the last layers
         looks = {"object token": maps.object_token[-1, i], "decoder query": maps.queries[-1, i, maps.best_query[i]]}
-        words = enumerate(collate.tokenizer.pieces(text, collate.max_tokens))
-        looks |= {f"{j}: {word}": maps.words[-1, i, j + 1] for j, word in words}  # + 1, because <s> comes first
+        looks |= {f"{j}: {word}": maps.words[-1, i, j + 1] for j, word in enumerate(words[i])}  # + 1: <s> comes first
         tiles.append(data.draw(image, {}, text))
         for name, look in looks.items():  # (N,)
             patches = look.cpu().view(1, 1, model.encoder.grid, -1)
             heat = F.interpolate(patches, image.shape[1:], mode="bilinear")[0] / look.max().item()  # (1, H, W)
             tiles.append(data.draw((grey + heat * red).clamp(max=255).byte(), {}, f"{name} ({text})"))
-    data.tile(tiles, path, columns=min(7, len(tiles)))
+        tiles += [Image.new("RGB", (1, 1))] * (-len(tiles) % columns)  # fill up the row
+    data.tile(tiles, path, columns)
 
 
 def report(path: str, title: str, splits: dict[str, tuple[list, list]], grec: bool) -> None:
     """Write the answers as one HTML file that needs nothing else. `splits`: {name: (its examples, their answers)}."""
-    # 1. Every answer in the report has its picture. If there are too many images, it holds the answers to an even
-    # spread of them.
+    # 1. Every answer in the report has its picture; of too many images, it holds the answers to an even spread of them.
     answers = [(split, *pair) for split, pairs in splits.items() for pair in zip(*pairs, strict=True)]
     images = list({example.image: example for _, example, _ in answers}.values())  # one example of each image
     if len(images) > PICTURES:
@@ -557,8 +557,7 @@ def keep_freed_memory() -> None:
 
 
 # The page: the accuracy of what is selected, and a card for each answer. Data is only ever set as text, never as HTML.
-PAGE = r"""<!doctype html>
-<meta charset="utf-8"><title>SimVG report</title>
+PAGE = r"""<!doctype html><meta charset="utf-8"><title>SimVG report</title>
 <style>
   body { font: 14px system-ui, sans-serif; margin: 1rem 1.5rem; color-scheme: dark; color: #ddd; background: #181a1b; }
   td { padding: .1rem .7rem; text-align: right; border-bottom: 1px solid #333; }
