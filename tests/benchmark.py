@@ -369,7 +369,7 @@ def end_to_end(table: Table, net: models.SimVG, batch: int, rounds: int) -> None
             return random._replace(images=torch.stack([e[0] for e in examples]), index=[e[3] for e in examples])
 
         def plain(amp: torch.dtype | None) -> None:
-            keys = evaluate.in_batches(range(len(rows)), batch)
+            keys = [[(0, i) for i in range(len(rows))[start : start + batch]] for start in range(0, len(rows), batch)]
             random = example(table.settings, batch)
             for images in torch.utils.data.DataLoader(PlainLoader(rows, size), None, sampler=keys, num_workers=workers):
                 x = random._replace(images=images.to(DEVICE))

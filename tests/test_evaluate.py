@@ -20,7 +20,7 @@ def row(boxes: int, kind: str = "") -> data.Example:
 
 
 def result(correct: bool) -> evaluate.Result:
-    return evaluate.Result(correct, 1, torch.zeros(1), torch.zeros(1, 4))
+    return evaluate.Result(correct, torch.zeros(1), torch.zeros(1, 4))
 
 
 def test_accuracy_is_a_share_of_expressions_and_n_acc_of_those_without_a_target():

