@@ -862,7 +862,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--attention", action="store_true", help="show where tokens look: a picture, or a table")
     parser.add_argument("--report", metavar="FILE", help="also write a page to browse the answers, such as report.html")
     parser.add_argument("--save", metavar="FILE", help="where the picture goes (default: IMAGE_grounded.png)")
-    args = data.parse(parser)
+    args = parser.parse_args()
     if (args.image is None) != (args.text is None):
         parser.error("--image and --text go together")
     if args.report and (args.image is not None or args.attention):

@@ -443,7 +443,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", metavar="FOLDER", help="the run's folder (default: runs/NAME)")
     parser.add_argument("--init", metavar="FILE", help="start from BEiT-3, SimVG or official SimVG weights")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    return data.parse(parser)
+    return parser.parse_args()
 
 
 def peak_memory() -> int:
