@@ -36,7 +36,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -89,17 +89,23 @@ class Dataset:
         """(image (3, S, S) uint8, expression, boxes (n, 4) cxcywh in 0..1, index)."""
         epoch, index = key
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
-        # A row has several expressions of the same object: each epoch trains on one of them.
         row = self.rows[index]
-        example = row[rng.randrange(len(row))]
+        example = row[rng.randrange(len(row))]  # all mean the same object; each epoch trains on one of them
         image = read_image(example.image, example.size, example.where)  # (3, H, W)
         boxes = clip_boxes(example.boxes, image.shape[2], image.shape[1])  # (n, 4) xyxy pixels
         if self.jitter:
             image, boxes = large_scale_jitter(image, boxes, self.jitter, self.image_size, rng)
         # The image is stretched to a square, so boxes are relative to width and height from here on.
         height, width = image.shape[1:]
-        boxes = box_convert(boxes, "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
+        boxes = box_convert(boxes, "xyxy", "cxcywh") / torch.tensor([width, height, width, height])  # (n, 4)
         return resize(image, self.image_size, self.image_size), example.expression, boxes.float(), index
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list | InputError:
+        """What a DataLoader calls. It would add a traceback to an InputError that is raised here, so it is returned."""
+        try:
+            return [self[key] for key in keys]
+        except InputError as error:
+            return error
 
 
 class Tokenizer:
@@ -143,18 +149,20 @@ def clean(text: str) -> str:
 
 
 class Collate:
-    """A list of examples -> Batch."""
+    """A list of examples -> Batch. An InputError in their place is handed on."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
 
-    def __call__(self, examples: list) -> Batch:
+    def __call__(self, examples: list | InputError) -> Batch | InputError:
+        if isinstance(examples, InputError):
+            return examples
         images, expressions, boxes, index = zip(*examples, strict=True)
-        most = max(1, *(len(each) for each in boxes))  # at least one column, so that no tensor is empty
-        padded = torch.zeros(len(boxes), most, 4)
+        counts = torch.tensor([len(each) for each in boxes])  # (B,)
+        padded = torch.zeros(len(boxes), max(1, counts.max().item()), 4)  # (B, M, 4); M is 1 where there is no box
         for row, each in zip(padded, boxes, strict=True):
             row[: len(each)] = each
-        mask = torch.arange(most) < torch.tensor([len(each) for each in boxes])[:, None]  # (B, M)
+        mask = torch.arange(padded.shape[1]) < counts[:, None]  # (B, M)
         return Batch(torch.stack(images), *self.tokenizer(expressions, self.max_tokens), padded, mask, list(index))
 
 
@@ -185,19 +193,12 @@ class MicroBatchSampler:
 def batches(
     dataset: Dataset, collate: Collate, keys: Iterable[list[tuple[int, int]]], workers: int, pin: bool = False
 ) -> Iterator[Batch]:
-    """A Batch for each list of keys, in order, with at most a worker per core.
-
-    InputError where an image cannot be read or a worker was killed.
-    """
-    workers = min(workers, os.cpu_count() or 1)
+    """A Batch for each list of keys, in order. InputError where an image cannot be read or a worker was killed."""
+    workers = min(workers, os.cpu_count() or 1)  # more would only wait for each other
     options = {"num_workers": workers, "prefetch_factor": 4 if workers else None, "worker_init_fn": _ignore_signals}
-    options |= {
-        "pin_memory": pin,
-        "generator": torch.Generator(),
-    }  # else the loader would draw from the global generator
-    loader = DataLoader(_WholeBatches(dataset, collate), batch_size=None, sampler=keys, **options)
+    options |= {"pin_memory": pin, "generator": torch.Generator()}  # else it would draw from the global generator
     try:
-        for batch in loader:
+        for batch in DataLoader(dataset, batch_sampler=keys, collate_fn=collate, **options):
             if isinstance(batch, InputError):
                 raise batch
             yield batch
@@ -207,21 +208,8 @@ def batches(
         raise InputError("a loader process was killed: out of memory or of /dev/shm? lower data.workers") from None
 
 
-class _WholeBatches:
-    """Makes a whole batch at once. An InputError is returned, since a loader adds its traceback to what is raised."""
-
-    def __init__(self, dataset: Dataset, collate: Collate):
-        self.dataset, self.collate = dataset, collate
-
-    def __getitem__(self, keys: list[tuple[int, int]]) -> Batch | InputError:
-        try:
-            return self.collate([self.dataset[key] for key in keys])
-        except InputError as error:
-            return error
-
-
 def _ignore_signals(worker: int) -> None:
-    """Let the main process decide when to stop: Ctrl-C and torchrun signal its workers, too."""
+    """Leave it to the main process when to stop: Ctrl-C and torchrun send their signals to its workers, too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -373,8 +361,9 @@ def read_rows(settings: dict, split: str, faults: list[InputError] | None = None
         items = ((f"{path}: {split}[{i}]", row) for i, row in enumerate(splits[split]))
     else:
         items = json_lines(path)
-    rows, number = [], 0
-    for number, (where, row) in enumerate(items, 1):
+    rows, empty = [], True
+    for where, row in items:
+        empty = False
         try:
             with located(where):
                 rows.append(_row(json.loads(row) if isinstance(row, bytes) else row, where, settings))
@@ -382,7 +371,7 @@ def read_rows(settings: dict, split: str, faults: list[InputError] | None = None
             if faults is None:
                 raise
             faults.append(error)
-    if not number:
+    if empty:
         raise InputError(f"{path}: holds no row of split {split!r}")
     return rows
 
@@ -411,7 +400,7 @@ def located(where: str | Path) -> Iterator[None]:
         raise InputError(f"{where}: cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{where}: is not JSON: {error}") from None
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise InputError(f"{where}: is not of the expected layout: {error!r:.150}") from None
 
 
@@ -531,11 +520,11 @@ def image_faults(rows: Sequence[Row], decode: bool = False) -> list[InputError]:
 
 # ----------------------------------------------------------------------------------------------------- configs
 
-# What a key may hold: a type (lists and objects hold strings), (low, high) for a number between them (an integer where
-# they are integers), or a list of such pairs for a list of as many numbers (one pair: of any length).
+# The values that a key may hold: a type (lists and objects hold strings), (low, high) for a number between them, an
+# integer where they are integers, or a list of such pairs for a list of as many numbers (one pair: of any length).
 POSITIVE, COUNT = (1, 1_000_000), (0, 2**63 - 1)
 KEYS: dict[str, type | tuple | list] = {
-    "data.annotations": str,  # path of the rows: JSON Lines with {split} in the name, or an official .json of all splits
+    "data.annotations": str,  # path of the rows: JSON Lines with {split} in the name, or an official .json of all
     "data.images": str,  # folder of the images, or a pattern such as folder/{:012d}.jpg where rows hold image numbers
     "data.sources": dict,  # the same as `images` for the rows that name a source: {"vg": "visual-genome/{}.jpg"}
     "data.tokenizer": str,  # path of the sentencepiece model; for weights of BEiT-3 it is beit3.spm
@@ -547,25 +536,22 @@ KEYS: dict[str, type | tuple | list] = {
     "data.scenes": COUNT,  # number of training scenes of that set
 }
 # The keys of `model` are explained at SimVG.__init__ in model.py, those of `train` at the head of train.py.
-KEYS |= {
-    f"{section}.{name}": allowed
-    for section, names, allowed in (
-        ("model", "image_size patch_size vocab_size encoder_width encoder_layers encoder_heads", POSITIVE),
-        ("model", "encoder_ffn head_width queries tqg_layers tqg_ffn decoder_layers decoder_ffn", POSITIVE),
-        ("model", "drop_path dropout", (0.0, 0.999999)),
-        ("model", "as_released", bool),
-        ("train", "epochs batch_size micro_batch evaluate_every", POSITIVE),
-        ("train", "seed warmup_epochs evaluate_from", COUNT),
-        ("train", "lr lr_encoder eps weight_decay decay_factor ema_decay", (0.0, 1.0)),
-        ("train", "betas", [(0.0, 0.999999)] * 2),
-        ("train", "decay_epochs", [POSITIVE]),
-        ("train", "clip_norm no_object_weight", (1e-9, 1e9)),
-        ("train", "loss_decoder loss_token_on_truth loss_token_on_teacher save_minutes", (0.0, 1e9)),
-        ("train", "amsgrad ema checkpointing compile", bool),
-        ("train", "amp", str),
-    )
-    for name in names.split()
-}
+for section, names, allowed in (
+    ("model", "image_size patch_size vocab_size encoder_width encoder_layers encoder_heads encoder_ffn", POSITIVE),
+    ("model", "head_width queries tqg_layers tqg_ffn decoder_layers decoder_ffn", POSITIVE),
+    ("model", "drop_path dropout", (0.0, 0.999999)),
+    ("model", "as_released", bool),
+    ("train", "epochs batch_size micro_batch evaluate_every", POSITIVE),
+    ("train", "seed warmup_epochs evaluate_from", COUNT),
+    ("train", "lr lr_encoder eps weight_decay decay_factor ema_decay", (0.0, 1.0)),
+    ("train", "betas", [(0.0, 0.999999)] * 2),
+    ("train", "decay_epochs", [POSITIVE]),
+    ("train", "clip_norm no_object_weight", (1e-9, 1e9)),
+    ("train", "loss_decoder loss_token_on_truth loss_token_on_teacher save_minutes", (0.0, 1e9)),
+    ("train", "amsgrad ema checkpointing compile", bool),
+    ("train", "amp", str),
+):
+    KEYS |= {f"{section}.{name}": allowed for name in names.split()}
 # These may also be null, which leaves the loss term, the decay or the augmentation out.
 OPTIONAL = {"data.jitter", "train.decay_epochs"} | {key for key in KEYS if key.startswith("train.loss_")}
 
@@ -780,6 +766,7 @@ LAYOUTS = (
     ("file_name", "expression", "bbox_xyxy", "xyxy"),
     ("file_name", "expression", "boxes_xyxy", "xyxy"),
     ("file_name", "expressions", "boxes", "xywh"),  # made by the readers of the layouts that keep boxes elsewhere
+    ("image_id", "expressions", "bbox", "official"),  # SeqTR's and SimVG's instances.json, which also loads as it is
 )
 PLURAL = ("expressions", "boxes", "boxes_xyxy")  # these keys hold a list, the others one expression or one box
 SPLITS = {split.lower(): split for split in ("train", "val", "test", "testA", "testB", "trainval")}
@@ -810,36 +797,42 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
     if "{split}" not in Path(to).name:
         raise InputError(f"--to {to}: expected {{split}} in the name, such as data/annotations/refcoco/{{split}}.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
-    splits: dict[str, dict[tuple, list[Example]]] = {}  # split -> what a row is known by -> its examples
+    splits: dict[str, dict[tuple, list[Example]]] = {}  # split -> key of a row -> its examples
     for split, key, example in chain.from_iterable(map(read_foreign, map(Path, sources))):
         rows = splits.setdefault(split, {})
         rows.setdefault(key if split == "train" else (*key, len(rows)), []).append(example)
     if not splits:
         raise InputError(f"{', '.join(sources)}: no expression in there")
-    # Image names are written relative to the deepest folder that all of them share.
-    names = {key[0] for rows in splits.values() for key in rows if isinstance(key[0], str)}
-    one_kind = len({name[:1] == "/" for name in names}) == 1
-    shared = os.path.commonpath({os.path.dirname(name) for name in names}) if one_kind else ""
+    # Names of images are written relative to the deepest folder that all of them share.
+    names = [key[0] for rows in splits.values() for key in rows if isinstance(key[0], str)]
+    comparable = len({name[:1] == "/" for name in names}) == 1
+    shared = os.path.commonpath({os.path.dirname(name) for name in names}) if comparable else ""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for split, rows in splits.items():
             target = Path(to.replace("{split}", split))
             if target.exists():
                 raise InputError(f"{target}: is there already, nothing was written")
             with open(Path(scratch) / target.name, "w", encoding="utf-8") as file:
-                for (image, source, *_), examples in rows.items():
-                    name = os.path.relpath(image, shared) if shared and isinstance(image, str) else image
-                    boxes, size = [each.boxes for each in examples], examples[0].size
-                    row = {"image": name, "expressions": [each.expression for each in examples]}
-                    row["boxes"] = boxes[0] if all(own == boxes[0] for own in boxes) else boxes
-                    row |= {"width": size[0], "height": size[1]} if size else {}
-                    row |= {"source": source} if source else {}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                for key, examples in rows.items():
+                    file.write(json.dumps(_json_row(key, examples, shared), ensure_ascii=False) + "\n")
         for written in Path(scratch).iterdir():
             written.replace(folder / written.name)
     _print_counts(splits, PUBLISHED.get(published or "", {}))
     print("\n".join(to.replace("{split}", split) for split in splits))
     if shared:
         print(f"image names start inside {shared}, the folder that all share")
+
+
+def _json_row(key: tuple, examples: list[Example], shared: str) -> dict:
+    """A row of our own JSON Lines; its image is named from inside the folder `shared`."""
+    image, source, *_ = key
+    row = {"image": os.path.relpath(image, shared) if shared and isinstance(image, str) else image}
+    row["expressions"] = [each.expression for each in examples]
+    boxes = [each.boxes for each in examples]
+    row["boxes"] = boxes[0] if all(own == boxes[0] for own in boxes) else boxes
+    if examples[0].size:
+        row["width"], row["height"] = examples[0].size
+    return {**row, "source": source} if source else row
 
 
 def _print_counts(splits: dict[str, dict[tuple, list[Example]]], published: dict[str, tuple]) -> None:
@@ -865,10 +858,13 @@ def read_foreign(path: Path) -> Iterator[tuple[str, tuple, Example]]:
     items, reader = _reader(path)
     for where, item in tqdm(items, desc=path.name, disable=None, leave=False):
         with located(where):
-            split, key, row = reader(json.loads(item) if isinstance(item, bytes) else item)
-            split = SPLITS.get(re.split(r"[^A-Za-z]", path.stem)[-1].lower(), "") if split is None else split
-            if not re.fullmatch(r"\w+", split):
-                raise InputError(f"expected a file name that ends in the split, such as refcoco_testA{path.suffix}")
+            split, key, item = reader(json.loads(item) if isinstance(item, bytes) else item)
+            row = _own(item)
+            split = SPLITS.get(re.split(r"[^A-Za-z]", path.stem)[-1].lower()) if split is None else split
+            if not re.fullmatch(r"\w+", split or ""):
+                raise InputError(
+                    f"expected a split, as in refcoco_testA{path.suffix} or in the row, not {brief(split)}"
+                )
             source = row.get("source") or None
             examples = _row({**row, "source": source}, where, {"images": "{}", "sources": {source: "{}"}})
             key = (row["image"], source, path, examples[0].size, where if key is None else str(key))
@@ -880,8 +876,8 @@ def read_foreign(path: Path) -> Iterator[tuple[str, tuple, Example]]:
 def _reader(path: Path) -> tuple[Iterable[tuple[str, object]], Callable[[object], tuple]]:
     """(where, item) of every item of a foreign file, and the reader of an item.
 
-    A reader returns the item's split (None: the file's name tells it), the key of its row in training (None: it is a row
-    of its own) and the item as a row of our JSON Lines.
+    A reader returns the item's split (None: the file's name tells it), the key of its row in training (None: it has a
+    row of its own) and a dictionary in one of the `LAYOUTS`.
     """
     if path.suffix == ".jsonl":
         return json_lines(path), _flat
@@ -890,40 +886,38 @@ def _reader(path: Path) -> tuple[Iterable[tuple[str, object]], Callable[[object]
         coco = _coco(path, content)
         return [(f"{path}: image {i}", image) for i, image in coco.imgs.items()], partial(_mdetr, coco)
     if isinstance(content, dict) and all(isinstance(rows, list) for rows in content.values()):
-        splits = content.items()
-        return [(f"{path}: {split}[{i}]", (split, row)) for split, rows in splits for i, row in enumerate(rows)], _seqtr
+        rows = ((split, i, row) for split, rows in content.items() for i, row in enumerate(rows))
+        return ((f"{path}: {split}[{i}]", (split, None, row)) for split, i, row in rows), tuple
     if not isinstance(content, list) or not content:
         raise InputError(f"{path}: holds no rows of a known layout")
     rows = [(f"{path}: row {i}", row) for i, row in enumerate(content)]
-    if path.suffix == ".pth":
-        return rows, _transvg
     if isinstance(content[0], dict) and "ref_id" in content[0]:
         beside = path.parent / "instances.json"
         return rows, partial(_refer, _coco(beside, read_json(beside)))
-    return rows, _flat
+    return rows, _transvg if path.suffix == ".pth" else _flat
 
 
 def _own(item: dict) -> dict:
-    """An item that has the keys of one of `LAYOUTS` -> a row of our own."""
+    """A dictionary in one of the `LAYOUTS` -> a row of our own."""
     layout = next((layout for layout in LAYOUTS if item.keys() >= set(layout[:3])), None)
     if layout is None:
         raise InputError(f"has the keys {', '.join(item):.200}, which is no known layout")
-    image, form = item[layout[0]], layout[3]
+    if layout[3] == "official":
+        return _official(item)
     texts, boxes = (item[key] if key in PLURAL else [item[key]] for key in layout[1:3])
     if boxes == [None]:  # no target
         boxes = []
-    if form == "xyxy":  # rounded, because 596.87 - 303.58 should be 293.29, not 293.28999999999996
+    if layout[3] == "xyxy":  # rounded, because 596.87 - 303.58 should be 293.29, not 293.28999999999996
         boxes = [[x1, y1, round(x2 - x1, 6), round(y2 - y1, 6)] for x1, y1, x2, y2 in boxes]
     size = {side: item[side] for side in ("width", "height") if side in item}
-    return {"image": image, "expressions": texts, "boxes": [boxes] * len(texts), **size}
+    return {"image": item[layout[0]], "expressions": texts, "boxes": [boxes] * len(texts), **size}
 
 
 def _flat(item: dict) -> tuple:
     """One expression and its box or boxes, or ReCLIP's: an object with its sentences, chosen from all of the image."""
     if {"anns", "sentences"} <= item.keys():
         item = {**item, **_resolved(item, {target["id"]: target for target in item["anns"]})}
-    row = _own(item)
-    return None, row["boxes"][0], row
+    return None, [item.get(layout[2]) for layout in LAYOUTS], item  # expressions of the same boxes share a row
 
 
 def _resolved(ref: dict, targets: dict) -> dict:
@@ -936,7 +930,7 @@ def _resolved(ref: dict, targets: dict) -> dict:
 def _refer(coco: COCO, ref: dict) -> tuple:
     """A ref of refer or gRefCOCO, whose images and boxes are in the instances.json of the same folder."""
     key = ref["image_id"] if "no_target" in ref else ref["ref_id"]  # a row is an image in gRefCOCO, else an object
-    return ref["split"], key, _own({**coco.imgs[ref["image_id"]], **_resolved(ref, coco.anns)})
+    return ref["split"], key, {**coco.imgs[ref["image_id"]], **_resolved(ref, coco.anns)}
 
 
 def _mdetr(coco: COCO, image: dict) -> tuple:
@@ -948,20 +942,14 @@ def _mdetr(coco: COCO, image: dict) -> tuple:
     if "empty" not in targets[0]:  # a mark of gRefCOCO's, where a row is an image
         key = key, targets[0].get("original_id", targets[0]["id"])
     boxes = [target["bbox"] for target in targets if target["category_id"] != -1]
-    return None, key, _own({**image, "expressions": image.get("expressions") or [image["caption"]], "boxes": boxes})
-
-
-def _seqtr(item: tuple) -> tuple:
-    """SeqTR's and SimVG's instances.json, which training also reads as it is."""
-    split, row = item
-    return split, None, _official(row)
+    return None, key, {**image, "expressions": image.get("expressions") or [image["caption"]], "boxes": boxes}
 
 
 def _transvg(item: tuple) -> tuple:
     """TransVG's tuples: file, [object,] box, phrase, ...; boxes are xywh for COCO's images, xyxy for the others."""
     key, box, text = item[1:4] if len(item) > 3 else (None, *item[1:])
     form = "bbox" if item[0].startswith("COCO") else "bbox_xyxy"
-    return None, key, _own({"file_name": item[0], "expression": text, form: [float(v) for v in box]})
+    return None, key, {"file_name": item[0], "expression": text, form: [float(v) for v in box]}
 
 
 def _coco(path: Path, content: dict) -> COCO:
@@ -978,7 +966,23 @@ def _coco(path: Path, content: dict) -> COCO:
     return coco
 
 
-NUMBERS = {"<i4": np.int32, "<i8": np.int64, "<f4": np.float32, "<f8": np.float64}
+def _load_pickle(path: Path) -> object:
+    """What a refer pickle (Python 2's, too) holds, or a .pth of torch before 1.6: the fourth of its pickles."""
+    with located(path), open(path, "rb") as file:
+        for _ in range(4 if path.suffix == ".pth" else 1):
+            content = _PlainUnpickler(file, encoding="latin1").load()
+    return content
+
+
+class _PlainUnpickler(pickle._Unpickler):  # the one in C takes as much memory as a forged number says
+    """Reads containers, numbers, strings and numpy arrays. Whatever else a pickle wants to call is refused."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) == ("_codecs", "encode"):
+            return str.encode
+        if module.startswith("numpy") and name in ("ndarray", "dtype", "_reconstruct"):
+            return _Numpy
+        raise pickle.UnpicklingError(f"it would call {module}.{name}")
 
 
 class _Numpy:
@@ -992,48 +996,19 @@ class _Numpy:
 
     def __iter__(self) -> Iterator[float]:
         _, _, dtype, _, content = self.state
-        return iter(np.frombuffer(content, NUMBERS[dtype.state[1] + dtype.made[0]]).tolist())
-
-
-class _PlainUnpickler(pickle._Unpickler):  # the one in C takes as much memory as a forged number says
-    """Reads containers, numbers and strings, and numpy arrays. Whatever else a pickle wants to call is refused."""
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) == ("_codecs", "encode"):
-            return str.encode
-        if module.startswith("numpy") and name in ("ndarray", "dtype", "_reconstruct"):
-            return _Numpy
-        raise pickle.UnpicklingError(f"it would call {module}.{name}")
-
-
-def _load_pickle(path: Path) -> object:
-    """What a refer pickle (Python 2's, too) holds, or a .pth of torch before 1.6: the fourth of its pickles."""
-    try:
-        with open(path, "rb") as file:
-            for _ in range(4 if path.suffix == ".pth" else 1):
-                content = _PlainUnpickler(file, encoding="latin1").load()
-    except Exception as error:  # a damaged pickle can raise anything
-        fault = getattr(error, "strerror", None) or f"not a pickle of plain data: {error!r:.150}"
-        raise InputError(f"{path}: cannot be read: {fault}") from None
-    return content
+        plain = {name: name for name in ("<i4", "<i8", "<f4", "<f8")}[dtype.state[1] + dtype.made[0]]
+        return iter(np.frombuffer(content, plain).tolist())
 
 
 # ------------------------------------------------------------------------------------- the embedded shapes set
 
-COLORS = {
-    "red": (214, 39, 40),
-    "green": (44, 160, 44),
-    "blue": (31, 80, 200),
-    "yellow": (240, 210, 40),
-    "purple": (148, 60, 189),
-    "orange": (255, 127, 14),
-}
+COLORS = dict(red="d62728", green="2ca02c", blue="1f50c8", yellow="f0d228", purple="943cbd", orange="ff7f0e")
 SHAPES = ("circle", "ring", "triangle", "cross")
 SCENE_SIZE = 96  # pixels
-# things in a scene, in training and in val and test; easy scenes in training speed it up a lot
+# The numbers of things in a scene of training, and of val and test. Easy scenes in training speed it up a lot.
 COUNTS = {"shapes": ((1, 2, 3, 4), (3, 4)), "shapes-grec": ((1, 2, 3), (2, 3))}
 KINDS = ("attribute", "superlative", "relation")
-# superlative -> (what is compared, +1 for the highest or -1 for the lowest value, by how much it must win)
+# superlative -> what is compared, +1 for the highest or -1 for the lowest value, and by how much it must win
 SUPERLATIVES = {
     "leftmost": ("x", -1, 0.08),
     "rightmost": ("x", 1, 0.08),
@@ -1055,6 +1030,62 @@ class Thing(NamedTuple):
     side: float
 
 
+def make_embedded_set(settings: dict) -> None:
+    """Write the shapes set on first use, where the section `data` of a config asks for it and not for other files."""
+    folder, wanted = Path(settings["annotations"]).parent, settings["scenes"]
+    if not settings["generate"] or folder != Path(settings["tokenizer"]).parent:
+        return
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two first starts at once the second waits, and finds the set
+            if not folder.exists():
+                make_shapes(folder, wanted, settings["generate"])
+    if (scenes := len(list((folder / "images").glob("train_*.jpg")))) != wanted:
+        raise InputError(f"{folder}: holds a set of {scenes} scenes, not data.scenes={wanted}; remove it first")
+
+
+def make_shapes(folder: Path, scenes: int, set_name: str, show: bool = True) -> None:
+    """Write the set `set_name`: train, val and test .jsonl, images/*.jpg and shapes.spm; all of it or nothing.
+
+    `scenes` are those of train; val and test hold 2,000 expressions (fewer with few scenes).
+    """
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed run
+    (part / "images").mkdir(parents=True)
+    texts: set[str] = set()
+    for split in ("train", "val", "test"):
+        rows = _shapes_split(part, split, scenes if split == "train" else min(2000, scenes), set_name, show)
+        (part / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        texts.update(text for row in rows if split == "train" for text in row["expressions"])
+    # 160 pieces are enough for every word of the phrases to be one piece.
+    options = {"model_type": "bpe", "vocab_size": 160, "hard_vocab_limit": False, "minloglevel": 2}
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sorted(texts)), model_writer=model, **options)
+    (part / "shapes.spm").write_bytes(model.getvalue())
+    part.rename(folder)
+
+
+def _shapes_split(folder: Path, split: str, wanted: int, set_name: str, show: bool) -> list[dict]:
+    """Draw the images of one split and return its rows: `wanted` scenes of train, expressions of val and test."""
+    rows: list[dict] = []
+    number, counts = 0, COUNTS[set_name][split != "train"]
+    bar = tqdm(total=wanted, desc=f"drawing {split}", disable=None if show else True, leave=False)
+    while (number if split == "train" else len(rows)) < wanted:
+        rng = random.Random(f"shapes/{split}/{number}")  # every scene has a seed of its own
+        image, things = draw_scene(rng, counts)
+        name = f"{split}_{number:05d}.jpg"
+        image.save(folder / "images" / name, quality=92, subsampling=0)
+        new = _shapes_rows(things, name, set_name == "shapes-grec", rng)
+        if split != "train":
+            new = [{**row, "expressions": row["expressions"][:1]} for row in new]
+        rows += new
+        number += 1
+        bar.update(1 if split == "train" else len(new))
+    bar.close()
+    return rows if split == "train" else rows[:wanted]
+
+
 def draw_scene(rng: random.Random, counts: Sequence[int]) -> tuple[Image.Image, list[Thing]]:
     """A grey square with some things (as many as one of `counts`) that do not overlap and often look alike."""
     things: list[Thing] = []
@@ -1069,12 +1100,12 @@ def draw_scene(rng: random.Random, counts: Sequence[int]) -> tuple[Image.Image, 
         shape = rng.choice(things).shape if things and rng.random() < 0.3 else rng.choice(SHAPES)
         things.append(Thing(color, shape, x, y, side))
     fine = 2 * SCENE_SIZE  # drawn at twice the size, then halved: smooth edges
-    grey = rng.randint(90, 170)
-    image = Image.new("RGB", (fine, fine), (grey, grey, grey))
+    grey = (rng.randint(90, 170),) * 3
+    image = Image.new("RGB", (fine, fine), grey)
     pen = ImageDraw.Draw(image)
     for thing in things:
         x, y, r = thing.x * fine, thing.y * fine, thing.side * fine / 2
-        color = tuple(max(0, min(255, c + rng.randint(-20, 20))) for c in COLORS[thing.color])
+        color = tuple(max(0, min(255, c + rng.randint(-20, 20))) for c in bytes.fromhex(COLORS[thing.color]))
         if thing.shape == "triangle":
             pen.polygon([(x - r, y + r), (x, y - r), (x + r, y + r)], fill=color)
         elif thing.shape == "cross":
@@ -1083,8 +1114,26 @@ def draw_scene(rng: random.Random, counts: Sequence[int]) -> tuple[Image.Image, 
         else:
             pen.ellipse((x - r, y - r, x + r, y + r), fill=color)
         if thing.shape == "ring":
-            pen.ellipse((x - r / 2, y - r / 2, x + r / 2, y + r / 2), fill=(grey, grey, grey))
+            pen.ellipse((x - r / 2, y - r / 2, x + r / 2, y + r / 2), fill=grey)
     return image.reduce(2), things
+
+
+def _shapes_rows(things: list[Thing], image: str, grec: bool, rng: random.Random) -> list[dict]:
+    """Up to three rows for a scene, one of each kind; in gREC each draws none, one or several targets first."""
+    rows = []
+    for kind in KINDS:
+        # 2 stands for several; a scene always has phrases for none, so none is drawn less often
+        count = rng.choices((0, 1, 2), (1, 2, 2))[0] if grec else 1
+        found = [(text, named) for text, named in phrases(things, kind) if min(len(named), 2) == count]
+        if not found:
+            continue
+        named = rng.choice(sorted({tuple(named) for _, named in found}))
+        texts = [text for text, same in found if tuple(same) == named]
+        row = {"image": image, "expressions": rng.sample(texts, min(3, len(texts)))}
+        corners = [(things[i].x - things[i].side / 2, things[i].y - things[i].side / 2, things[i].side) for i in named]
+        row["boxes"] = [[round(v * SCENE_SIZE, 2) for v in (x, y, side, side)] for x, y, side in corners]
+        rows.append({**row, "width": SCENE_SIZE, "height": SCENE_SIZE, "kind": kind})
+    return rows
 
 
 def phrases(things: list[Thing], kind: str) -> list[tuple[str, list[int]]]:
@@ -1120,92 +1169,6 @@ def phrases(things: list[Thing], kind: str) -> list[tuple[str, list[int]]]:
                     named = [i for i, offset in zip(others, offsets, strict=True) if offset > 0]
                     found.append((f"the {words} {name} the {anchor_words}", named))
     return found
-
-
-def _shapes_rows(things: list[Thing], image: str, grec: bool, rng: random.Random) -> list[dict]:
-    """Up to three rows for a scene, one of each kind; in gREC each draws none, one or several targets first."""
-    rows = []
-    for kind in KINDS:
-        found = phrases(things, kind)
-        if grec:  # 2 stands for several; a scene always has phrases for none, so none is drawn less often
-            count = rng.choices((0, 1, 2), (1, 2, 2))[0]
-            found = [(text, named) for text, named in found if min(len(named), 2) == count]
-        else:
-            found = [(text, named) for text, named in found if len(named) == 1]
-        if not found:
-            continue
-        named = rng.choice(sorted({tuple(named) for _, named in found}))
-        texts = [text for text, same in found if tuple(same) == named]
-        boxes = []
-        for i in named:
-            x, y, side = things[i].x - things[i].side / 2, things[i].y - things[i].side / 2, things[i].side
-            boxes.append([round(v * SCENE_SIZE, 2) for v in (x, y, side, side)])
-        row = {"image": image, "expressions": rng.sample(texts, min(3, len(texts))), "boxes": boxes}
-        rows.append({**row, "width": SCENE_SIZE, "height": SCENE_SIZE, "kind": kind})
-    return rows
-
-
-def _shapes_split(folder: Path, split: str, wanted: int, set_name: str, show: bool) -> list[dict]:
-    """Draw the images of one split and return its rows: `wanted` scenes of train, expressions of val and test."""
-    rows: list[dict] = []
-    number, (train_counts, test_counts) = 0, COUNTS[set_name]
-    bar = tqdm(total=wanted, desc=f"drawing {split}", disable=None if show else True, leave=False)
-    while (number if split == "train" else len(rows)) < wanted:
-        rng = random.Random(f"shapes/{split}/{number}")  # every scene has a seed of its own
-        image, things = draw_scene(rng, train_counts if split == "train" else test_counts)
-        name = f"{split}_{number:05d}.jpg"
-        image.save(folder / "images" / name, quality=92, subsampling=0)
-        new = _shapes_rows(things, name, set_name == "shapes-grec", rng)
-        if split != "train":
-            new = [{**row, "expressions": row["expressions"][:1]} for row in new]
-        rows += new
-        number += 1
-        bar.update(1 if split == "train" else len(new))
-    bar.close()
-    return rows if split == "train" else rows[:wanted]
-
-
-def make_shapes(folder: Path, scenes: int, set_name: str, show: bool = True) -> None:
-    """Write the set `set_name`: train, val and test .jsonl, images/*.jpg and shapes.spm; all of it or nothing.
-
-    `scenes` are those of train; val and test hold 2,000 expressions (fewer with few scenes).
-    """
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.part") as scratch:
-        part = Path(scratch) / folder.name
-        (part / "images").mkdir(parents=True)
-        texts: set[str] = set()
-        for split in ("train", "val", "test"):
-            rows = _shapes_split(part, split, scenes if split == "train" else min(2000, scenes), set_name, show)
-            (part / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-            texts.update(text for row in rows if split == "train" for text in row["expressions"])
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sorted(texts)),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=160,  # enough for every word of the phrases to be one piece
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-        (part / "shapes.spm").write_bytes(model.getvalue())
-        part.rename(folder)
-
-
-def make_embedded_set(settings: dict) -> None:
-    """Write the shapes set on first use, where the section `data` of a config asks for it and not for other files."""
-    folder, wanted = Path(settings["annotations"]).parent, settings["scenes"]
-    if not settings["generate"] or folder != Path(settings["tokenizer"]).parent:
-        return
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of two first starts at once the second waits, and finds the set
-            for left in folder.parent.glob(f"{folder.name}.part*"):  # by a killed run
-                shutil.rmtree(left)
-            if not folder.exists():
-                make_shapes(folder, wanted, settings["generate"])
-    if (scenes := len(list((folder / "images").glob("train_*.jpg")))) != wanted:
-        raise InputError(f"{folder}: holds a set of {scenes} scenes, not data.scenes={wanted}; remove it first")
 
 
 # -------------------------------------------------------------------------------------------------- the program

@@ -569,10 +569,10 @@ def test_of_two_first_starts_at_once_the_second_uses_the_set_of_the_first(tmp_pa
 
 def test_what_a_killed_first_start_left_behind_is_gone_after_the_next(tmp_path):
     killed = make_set(tmp_path, 5000)
-    while killed.poll() is None and not list(tmp_path.glob("data/*/shapes/images/*.jpg")):
+    while killed.poll() is None and not list(tmp_path.glob("data/shapes.part/images/*.jpg")):
         time.sleep(0.01)
     killed.kill()
     killed.communicate()
-    assert list(tmp_path.glob("data/*/shapes/images/*.jpg"))
+    assert list(tmp_path.glob("data/shapes.part/images/*.jpg"))
     assert make_set(tmp_path, 60).communicate(timeout=120)[1] == ""
     assert [path.name for path in (tmp_path / "data").iterdir() if not path.name.startswith(".")] == ["shapes"]
