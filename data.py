@@ -36,7 +36,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -90,7 +90,7 @@ class Dataset:
         epoch, index = key
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         row = self.rows[index]
-        example = row[rng.randrange(len(row))]  # all mean the same object; each epoch trains on one of them
+        example = row[rng.randrange(len(row))]  # each epoch trains on one expression of the row
         image = read_image(example.image, example.size, example.where)  # (3, H, W)
         boxes = clip_boxes(example.boxes, image.shape[2], image.shape[1])  # (n, 4) xyxy pixels
         if self.jitter:
@@ -195,23 +195,28 @@ def batches(
 ) -> Iterator[Batch]:
     """A Batch for each list of keys, in order. InputError where an image cannot be read or a worker was killed."""
     workers = min(workers, os.cpu_count() or 1)  # more would only wait for each other
-    options = {"num_workers": workers, "prefetch_factor": 4 if workers else None, "worker_init_fn": _ignore_signals}
+    options = {"num_workers": workers, "prefetch_factor": 4 if workers else None, "worker_init_fn": _leave_group}
     options |= {"pin_memory": pin, "generator": torch.Generator()}  # else it would draw from the global generator
+    loader = DataLoader(dataset, batch_sampler=keys, collate_fn=collate, **options)
     try:
-        for batch in DataLoader(dataset, batch_sampler=keys, collate_fn=collate, **options):
+        handler = signal.getsignal(signal.SIGCHLD)
+        iterator = iter(loader)
+        with suppress(ValueError):  # torch's handler, of the main thread only, would raise amid a step if a worker dies
+            signal.signal(signal.SIGCHLD, handler)
+        for batch in iterator:
             if isinstance(batch, InputError):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        if not re.search("DataLoader worker|[Pp]in memory thread", str(error)):
+    except (RuntimeError, ConnectionError) as error:
+        if isinstance(error, RuntimeError) and not re.search("DataLoader worker|[Pp]in memory thread", str(error)):
             raise
         raise InputError("a loader process was killed: out of memory or of /dev/shm? lower data.workers") from None
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave it to the main process when to stop: Ctrl-C and torchrun send their signals to its workers, too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _leave_group(worker: int) -> None:
+    """Let the main process decide when to stop: Ctrl-C and torchrun signal its whole group, which a worker leaves."""
+    os.setpgid(0, 0)
+    sys.excepthook = lambda *_: None  # for the thread that hands tensors over, when the main process is gone
 
 
 # ---------------------------------------------------------------------------------------- images and jitter
@@ -233,13 +238,12 @@ def open_image(path: str, size: tuple[int, int] | None = None, where: str = "") 
         raise InputError(f"{where}: there is no image {path}")
     try:
         with Image.open(path, formats=FORMATS) as file:
-            if file.width * file.height > MAX_PIXELS:
-                too_large = f"has {file.width} x {file.height} pixels, more than {MAX_PIXELS:,}"
-                raise InputError(f"{where}: image {path} {too_large}")
-            upright = upright_size(file)
-            if size and size not in (upright, file.size):
-                is_not = f"is {upright[0]} x {upright[1]}, the row says {size[0]} x {size[1]}"
-                raise InputError(f"{where}: image {path} {is_not}")
+            about, (width, height) = f"{where}: image {path}", file.size
+            if width * height > MAX_PIXELS:
+                raise InputError(f"{about} has {width} x {height} pixels, more than {MAX_PIXELS:,}")
+            width, height = upright_size(file)
+            if size and size not in ((width, height), file.size):
+                raise InputError(f"{about} is {width} x {height}, the row says {size[0]} x {size[1]}")
             yield file
     except InputError:
         raise
@@ -340,9 +344,8 @@ def fingerprint(splits: Sequence[Sequence[Row]]) -> str:
     """A digest of rows and their order that is the same on every machine and wherever the images lie."""
     digest = hashlib.sha256()
     for row in chain(*splits):
-        for each in row:
-            digest.update(repr((os.path.basename(each.image), each.expression, each.boxes, each.size)).encode())
-        digest.update(b"\n")
+        parts = (repr((os.path.basename(each.image), each.expression, each.boxes, each.size)) for each in row)
+        digest.update("".join(parts).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -482,18 +485,11 @@ def check_box(box: object, size: tuple[int, int] | None) -> None:
             raise InputError(f"box {list(box)} {fault}; expected [x, y, w, h] in pixels")
 
 
-def check_files(rows: Sequence[Row]) -> None:
+def check_files(rows: Sequence[Row], decode: bool = False, faults: list[InputError] | None = None) -> None:
     """InputError unless every image is there, opens, has the size that its rows state and holds their boxes.
 
-    Only headers are read: a picture that is damaged further on is found when used, or by `data.py check --images`.
+    Only headers are read, unless `decode` asks for the pixels. If a list `faults` is given, every fault goes there.
     """
-    if faults := image_faults(rows):
-        more = f" (and {len(faults) - 1:,} more images are at fault)" if len(faults) > 1 else ""
-        raise InputError(f"{faults[0]}{more}")
-
-
-def image_faults(rows: Sequence[Row], decode: bool = False) -> list[InputError]:
-    """The first fault of every image that has one: in its header or, with `decode`, in its pixels."""
     of_one_image: dict[tuple, list[Example]] = {}
     for example in expand(rows):
         of_one_image.setdefault((example.image, example.size), []).append(example)
@@ -514,8 +510,13 @@ def image_faults(rows: Sequence[Row], decode: bool = False) -> list[InputError]:
         return None
 
     with ThreadPoolExecutor() as pool:  # threads suffice, because reading and decoding release Python's lock
-        found = tqdm(pool.map(fault, of_one_image.values()), "images", len(of_one_image), disable=None, leave=False)
-        return [error for error in found if error]
+        answers = tqdm(pool.map(fault, of_one_image.values()), "images", len(of_one_image), disable=None, leave=False)
+        found = [error for error in answers if error]
+    if faults is not None:
+        faults += found
+    elif found:
+        more = f" (and {len(found) - 1:,} more images are at fault)" if len(found) > 1 else ""
+        raise InputError(f"{found[0]}{more}")
 
 
 # ----------------------------------------------------------------------------------------------------- configs
@@ -662,11 +663,6 @@ def nearest(word: str, words: Sequence[str]) -> str:
 
 # ---------------------------------------------------------------------------------------------- check and show
 
-CHECKED = (
-    *("rows", "images", "expressions", "- without a target", "- with one", "- with several"),
-    *("- repeated for the same boxes", "- too long, so cut", "- with a box over the image's edge", "faults"),
-)
-
 
 def check(config: dict, splits: Sequence[str], decode: bool) -> None:
     """Print what the splits hold and up to 20 faults, by row; InputError where there is one. With `decode`
@@ -676,29 +672,45 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
     for split in splits:
         before = len(faults)
         rows = read_rows(settings, split, faults)
-        faults += image_faults(rows, decode)
-        examples, repeats = expand(rows), Counter((each.image, each.expression, each.boxes) for each in expand(rows))
-        count = table[split] = Counter({"rows": len(rows), "images": len({each.image for each in examples})})
-        count |= {"expressions": len(examples), "faults": len(faults) - before}
-        count["- repeated for the same boxes"] = len(examples) - len(repeats)
-        for each in examples:
-            count[("- without a target", "- with one", "- with several")[min(len(each.boxes), 2)]] += 1
-            count["- too long, so cut"] += tokenizer.seen(each.expression, settings["max_tokens"])[1]
-            width, height = each.size or (math.inf, math.inf)
-            count["- with a box over the image's edge"] += any(  # by more than 2 pixels; what reaches out is clipped
-                min(x, y) < -2 or x + w > width + 2 or y + h > height + 2 for x, y, w, h in each.boxes
-            )
-    print(f"{'':36}" + "".join(f"{split:>12}" for split in splits))
-    for name in CHECKED:
-        print(f"{name:36}" + "".join(f"{table[split][name]:>12,}" for split in splits))
-    several = sum(counts["- without a target"] + counts["- with several"] for counts in table.values())
+        check_files(rows, decode, faults)
+        examples = expand(rows)
+        distinct = {(each.image, each.expression, each.boxes) for each in examples}
+        cut = (tokenizer.seen(each.expression, settings["max_tokens"])[1] for each in examples)
+        table[split] = counts(rows) | {
+            "- repeated for the same boxes": len(examples) - len(distinct),
+            "- too long, so cut": sum(cut),
+            "- with a box over the image's edge": sum(map(_over_the_edge, examples)),
+            "faults": len(faults) - before,
+        }
+    print_table(table)
+    several = sum(count["- without a target"] + count["- with several"] for count in table.values())
     if several and config["model"]["queries"] == 1:
         fit = "a recipe with one query, as this one, answers one box; grefcoco has ten"
         print(f"note: {several:,} expressions without or with several targets: {fit}", file=sys.stderr)
-    for fault in faults[:20]:
-        print(fault)
+    print(*faults[:20], sep="\n", end="\n" if faults else "")
     if faults:
         raise InputError(f"{len(faults):,} faults" + (", the first 20 are above" if len(faults) > 20 else ""))
+
+
+def counts(rows: Sequence[Row]) -> dict[str, int]:
+    """How many rows, images and expressions there are, the latter also by their number of targets."""
+    examples = expand(rows)
+    targets = Counter(min(len(each.boxes), 2) for each in examples)
+    found = {"rows": len(rows), "images": len({each.image for each in examples}), "expressions": len(examples)}
+    return found | {"- without a target": targets[0], "- with one": targets[1], "- with several": targets[2]}
+
+
+def print_table(table: dict[str, dict[str, int]]) -> None:
+    """A column for each split, a line for each figure."""
+    print(f"{'':36}" + "".join(f"{split:>12}" for split in table))
+    for name in next(iter(table.values())):
+        print(f"{name:36}" + "".join(f"{count[name]:>12,}" for count in table.values()))
+
+
+def _over_the_edge(example: Example) -> bool:
+    """Whether a box reaches out of the image by more than 2 pixels, which are clipped."""
+    width, height = example.size or (math.inf, math.inf)
+    return any(min(x, y) < -2 or x + w > width + 2 or y + h > height + 2 for x, y, w, h in example.boxes)
 
 
 def show(config: dict, split: str, number: int, path: str) -> None:
@@ -770,7 +782,8 @@ LAYOUTS = (
 )
 PLURAL = ("expressions", "boxes", "boxes_xyxy")  # these keys hold a list, the others one expression or one box
 SPLITS = {split.lower(): split for split in ("train", "val", "test", "testA", "testB", "trainval")}
-# The authors' files hold so many expressions and images and, in gRefCOCO, expressions with no, one and several targets.
+# The sizes of the authors' files: so many of these figures, of which only gRefCOCO needs more than two.
+FIGURES = ("expressions", "images", "- without a target", "- with one", "- with several")
 PUBLISHED = {
     "refcoco": {"train": (120624, 16994), "val": (10834, 1500), "testA": (5657, 750), "testB": (5095, 750)},
     "refcoco+": {"train": (120191, 16992), "val": (10758, 1500), "testA": (5726, 750), "testB": (4889, 750)},
@@ -817,7 +830,12 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
                     file.write(json.dumps(_json_row(key, examples, shared), ensure_ascii=False) + "\n")
         for written in Path(scratch).iterdir():
             written.replace(folder / written.name)
-    _print_counts(splits, PUBLISHED.get(published or "", {}))
+    table = {split: counts(list(rows.values())) for split, rows in splits.items()}
+    print_table(table)
+    for split in [split for split in table if split in PUBLISHED.get(published or "", {})]:
+        sizes = zip(FIGURES, PUBLISHED[published][split], strict=False)
+        differences = (f"{name.strip('- ')} {table[split][name] - size:+,}" for name, size in sizes)
+        print(f"{split} less the published sizes: {', '.join(differences)}")
     print("\n".join(to.replace("{split}", split) for split in splits))
     if shared:
         print(f"image names start inside {shared}, the folder that all share")
@@ -833,20 +851,6 @@ def _json_row(key: tuple, examples: list[Example], shared: str) -> dict:
     if examples[0].size:
         row["width"], row["height"] = examples[0].size
     return {**row, "source": source} if source else row
-
-
-def _print_counts(splits: dict[str, dict[tuple, list[Example]]], published: dict[str, tuple]) -> None:
-    """A table of what each split holds, beside the sizes that are published."""
-    names = ("expressions", "images", "none", "one", "many")
-    print(f"{'':12}{'rows':>12}" + "".join(f"{name:>12}" for name in names))
-    for split, rows in splits.items():
-        count = Counter(names[2 + min(len(each.boxes), 2)] for examples in rows.values() for each in examples)
-        count |= {"expressions": count.total(), "images": len({key[0] for key in rows})}
-        print(f"{split:12}{len(rows):>12,}" + "".join(f"{count[name]:>12,}" for name in names))
-        if wanted := dict(zip(names, published.get(split, ()), strict=False)):
-            differ = [f"{name} {count[name] - value:+,}" for name, value in wanted.items() if count[name] != value]
-            print(f"{'  published':24}" + "".join(f"{value:>12,}" for value in wanted.values()), end="  ")
-            print("differs: " + ", ".join(differ) if differ else "equal")
 
 
 def read_foreign(path: Path) -> Iterator[tuple[str, tuple, Example]]:
@@ -1009,14 +1013,8 @@ SCENE_SIZE = 96  # pixels
 COUNTS = {"shapes": ((1, 2, 3, 4), (3, 4)), "shapes-grec": ((1, 2, 3), (2, 3))}
 KINDS = ("attribute", "superlative", "relation")
 # superlative -> what is compared, +1 for the highest or -1 for the lowest value, and by how much it must win
-SUPERLATIVES = {
-    "leftmost": ("x", -1, 0.08),
-    "rightmost": ("x", 1, 0.08),
-    "topmost": ("y", -1, 0.08),
-    "bottommost": ("y", 1, 0.08),
-    "largest": ("side", 1, 0.05),
-    "smallest": ("side", -1, 0.05),
-}
+SUPERLATIVES = dict(leftmost=("x", -1, 0.08), rightmost=("x", 1, 0.08), topmost=("y", -1, 0.08))
+SUPERLATIVES |= dict(bottommost=("y", 1, 0.08), largest=("side", 1, 0.05), smallest=("side", -1, 0.05))
 RELATIONS = {"left of": ("x", -1), "right of": ("x", 1), "above": ("y", -1), "below": ("y", 1)}
 
 
