@@ -224,14 +224,13 @@ def _leave_group(worker: int) -> None:
 MAX_PIXELS = 50_000_000  # a larger image is refused before it is decoded
 Image.MAX_IMAGE_PIXELS = None  # replaces Pillow's own limit, which warns from 89 million on
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "MPO")  # Pillow reads others, too, whose headers are not checked here
-ORIENTATION = 0x0112  # the EXIF tag
 
 
 @contextmanager
 def open_image(path: str, size: tuple[int, int] | None = None, where: str = "") -> Iterator[Image.Image]:
     """An image file with its header checked; `size` is (width, height) as the row states it.
 
-    InputError, also for what goes wrong in the body of the `with`: Pillow raises all kinds of errors.
+    Whatever Pillow raises, here or in the body of the `with`, becomes an InputError.
     """
     where = where or path
     if not os.path.isfile(path):  # reading a pipe or a device might never end
@@ -256,7 +255,7 @@ def upright_size(file: Image.Image) -> tuple[int, int]:
     """(width, height) after the rotation that EXIF asks for."""
     if file.format == "PNG":  # its EXIF may lie behind the pixels, which would all be decoded to find it
         return file.size
-    quarter_turn = file.getexif().get(ORIENTATION, 1) >= 5
+    quarter_turn = file.getexif().get(0x0112, 1) >= 5  # the tag of the orientation
     return file.size[::-1] if quarter_turn else file.size
 
 
@@ -1228,7 +1227,8 @@ class InputError(ValueError):
 
 def run(main: Callable[[], None], *others: type[Exception]) -> None:
     """Run the main of a program. Bad input (InputError and `others`) is one line and status 2, Ctrl-C status 130."""
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # file names need not fit the terminal
+    if sys.stdout:  # it is None where it was closed
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # file names need not fit the terminal
     status = 2
     try:
         main()
