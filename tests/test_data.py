@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -53,6 +54,13 @@ def test_a_new_dataset_takes_one_fragment_and_one_line(tmp_path):
     (tmp_path / "configs.json").write_text(json.dumps(entries))
     config = data.load_config(f"{tmp_path}/configs.json:mine-large-stage2")
     assert config["data"]["images"] == "mine/images" and config["train"]["epochs"] == 10
+
+
+def test_every_key_is_in_the_schema_and_every_key_of_data_is_explained_there():
+    default = json.loads((ROOT / "configs.json").read_text())["default"]
+    assert data.KEYS.keys() == {f"{section}.{key}" for section, keys in default.items() for key in keys}
+    for key in default["data"]:
+        assert re.search(rf'^    "data.{key}": .*  # \w+( \S+){{4,}}$', (ROOT / "data.py").read_text(), re.M), key
 
 
 def test_overrides_come_last_and_whole_numbers_serve_as_floats():
@@ -569,10 +577,10 @@ def test_of_two_first_starts_at_once_the_second_uses_the_set_of_the_first(tmp_pa
 
 def test_what_a_killed_first_start_left_behind_is_gone_after_the_next(tmp_path):
     killed = make_set(tmp_path, 5000)
-    while killed.poll() is None and not list(tmp_path.glob("data/*/shapes/images/*.jpg")):
+    while killed.poll() is None and not list(tmp_path.glob("data/shapes.part/images/*.jpg")):
         time.sleep(0.01)
     killed.kill()
     killed.communicate()
-    assert list(tmp_path.glob("data/*/shapes/images/*.jpg"))
+    assert list(tmp_path.glob("data/shapes.part/images/*.jpg"))
     assert make_set(tmp_path, 60).communicate(timeout=120)[1] == ""
     assert [path.name for path in (tmp_path / "data").iterdir() if not path.name.startswith(".")] == ["shapes"]
