@@ -395,7 +395,7 @@ def main() -> None:
     elif config is None:
         raise InputError(f"{args.ckpt}: an official checkpoint has no config, name one: --config configs.json:refcoco")
     else:
-        with models.unpacking(args.ckpt):
+        with models.unpacking(args.ckpt, InputError):
             data.check_config(config, args.ckpt)
     if fixed := [pair for pair in args.set if pair.startswith("model.")]:
         raise InputError(f"--set {fixed[0]}: the checkpoint says what the model is")

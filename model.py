@@ -458,11 +458,12 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 @contextmanager
-def unpacking(path: str | Path) -> Iterator[None]:
-    """Inside, a checkpoint is read and used. An error that its contents cause becomes one line that names the file."""
+def unpacking(path: str | Path, *passing: type[Exception]) -> Iterator[None]:
+    """Inside, a checkpoint is read and used. An error that its contents cause becomes one line that names the file,
+    unless it is one of `passing`."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, *passing):
         raise
     except Exception as error:  # contents that are wrong can raise anything
         code = re.search(r"GLOBAL ([\w.]+)", str(error))

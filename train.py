@@ -3,9 +3,8 @@
     python train.py --config configs.json:shapes
     torchrun --nproc_per_node 8 train.py --config configs.json:refcoco --init beit3_base_patch16_224.zip
 
-A run writes config.json, metrics.jsonl (a JSON object per line), last.pt (all that --resume needs), best.pt (the best
-weights), curves.png and samples.png. Every random choice is a function of (seed, epoch, step) and none is stored: on
-one CPU process a resumed run equals an uninterrupted one bit for bit. The keys of the config's section `train`:
+A run writes config.json, metrics.jsonl, last.pt (for --resume), best.pt, curves.png and samples.png. On one CPU process
+a resumed run is the same to the bit, because random choices depend on (seed, epoch, step) alone. Keys of `train`:
 
     seed                  of the initial weights, the order of the rows, the choice of expressions, jitter and dropout
     epochs                passes over the rows of the training split; a pass takes one expression of each row
@@ -251,10 +250,11 @@ def log_step(state: TrainState, terms: dict[str, Tensor], waited: float, seconds
     row = {"split": "train", "epoch": progress["epoch"] + 1, "step": progress["step"], "skipped": progress["skipped"]}
     row |= {name: round(value, 6) for name, value in zip(terms, means.tolist(), strict=True)}
     row |= {"lr_encoder": state.optimizer.param_groups[0]["lr"], "lr": state.optimizer.param_groups[1]["lr"]}
-    row["samples_per_s"] = round(len(recent) * state.config["train"]["batch_size"] / times, 1)
-    row["data_wait"] = round(waits / times, 4)  # share of the time
-    row["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)  # of tensors on the GPU
+    row |= {"samples_per_s": round(len(recent) * state.config["train"]["batch_size"] / times, 1)}
+    row |= {"data_wait": round(waits / times, 4), "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
     write_row(state, row)
+    if progress["step"] % (25 * LOG_EVERY) == 0 and state.rank == 0:
+        tqdm.write(f"step {progress['step']}  loss {row['total']:.3f}", file=sys.stderr)
     recent.clear()
 
 
@@ -389,7 +389,7 @@ def read_saved(out: Path, config: dict, resume: bool) -> dict | None:
     if found[:1] != ["last.pt"]:
         return None
     saved = models.read_checkpoint(out / "last.pt")
-    with models.unpacking(out / "last.pt"):
+    with models.unpacking(out / "last.pt", InputError):
         config["model"]["as_released"] |= saved["config"]["model"]["as_released"]  # --init may have set it
         for section, keys in config.items():
             for key, value in keys.items():
