@@ -121,7 +121,7 @@ class BEiT3(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights to train from scratch with (D7): without them a small model stays at the mean box for a long time."""
+        """Weights to train from scratch with (deviation D7); otherwise a small model stays at the mean box for long."""
         for name, layer in self.layers.named_modules():
             if isinstance(layer, nn.Linear):
                 # Small residual outputs: at the start each layer is close to the identity.
@@ -273,7 +273,7 @@ def resize_positions(table: Tensor, grid: int, extra: int) -> Tensor:
 
 
 def resize_pretrained(state_dict: dict[str, Tensor], grid: int, patch: int) -> dict[str, Tensor]:
-    """A BEiT-3 checkpoint's tensors (its names, any prefix) fitted to grid x grid patches of patch x patch pixels.
+    """BEiT-3 tensors under BEiT-3's names, fitted to grid x grid patches of patch x patch pixels.
 
     Bicubic without antialias, in float32. The patch kernel is not rescaled, so going from 16 to 32 pixels makes
     patch embeddings about 4 times larger, as in the official code.

@@ -9,7 +9,8 @@ REC (referring expression comprehension): every expression has one target; the m
 Acc@0.5, the share of expressions whose box has an IoU of at least 0.5 with the true box.
 gREC (generalised REC): any number of targets, or none; several queries. The metrics are Precision@(F1=1, IoU>=0.5), the
 share of expressions for which exactly the true boxes are found, and N-acc, the same for those without a target.
-Correct answers are counted per expression and divided once, so batch size and number of ranks change no figure (D9).
+Correct answers are counted per expression and divided once, so batch size and number of ranks change no figure (D9 in
+README.md). train.py takes load_split, load_collate, trained_branch and join_ranks from here.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from data import InputError
 MIN_IOU = 0.5  # a box is correct from this IoU on; in gREC, from this generalised IoU on
 THRESHOLD = 0.7  # the box of a gREC query is part of the answer from this score on
 BRANCHES = ("decoder", "token")
-COUNTS = ("no target", "one target", "several targets")
+TARGET_GROUPS = ("no target", "one target", "several targets")
 PICTURES = 3000  # images in a report at most, some 9 kB each; the three evaluation splits of RefCOCO have as many
 Answers = dict[str, "Result"]  # {branch: its answer} to one expression
 
@@ -128,8 +129,8 @@ def summary(results: Sequence[Answers], examples: Sequence[data.Example], grec: 
 
 def groups_of(example: data.Example) -> list[str]:
     """The groups that accuracy is reported for: the number of targets and, where it has one, the example's kind."""
-    kind = repr(example.kind) if example.kind in ("all", *COUNTS) else example.kind  # so that no two groups mix
-    return [COUNTS[min(len(example.boxes), 2)], *([kind] if kind else [])]
+    kind = repr(example.kind) if example.kind in ("all", *TARGET_GROUPS) else example.kind  # so that no two groups mix
+    return [TARGET_GROUPS[min(len(example.boxes), 2)], *([kind] if kind else [])]
 
 
 def by_kind(results: Sequence[Answers], examples: Sequence[data.Example]) -> dict[str, dict[str, float]]:
@@ -172,8 +173,7 @@ def evaluate_dataset(
     title: str = "",
     after_batch: Callable[[], None] = lambda: None,
 ) -> list[Answers]:
-    """The answers to every example, in order; the ranks share the work, and all get the same list. A `title` brings a
-    progress bar; `after_batch` is called after each batch, and may raise to end the evaluation."""
+    """The answers to the examples of `load_split`, in order, on every rank. `after_batch` may raise to end early."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     was_training = model.training
     model.eval()

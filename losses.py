@@ -7,7 +7,7 @@
 P predictions, such as the K decoder layers, of B examples with Q queries are logits (P, B, Q, 2) and boxes
 (P, B, Q, 4). The truth is padded: targets (B, M, 4) and target_mask (B, M), True = a real box; a row that is all False
 is an example without a target. Boxes are cxcywh in 0..1; class 0 is the referred object, class 1 "no object". Sums are
-divided by counts of the *global* batch, so that ranks and micro-batches do not change the objective (D6).
+divided by counts of the *global* batch, so that ranks and micro-batches do not change the objective (D6 in README.md).
 """
 
 import math
@@ -55,7 +55,8 @@ def detection_loss(
     wanted = targets.expand(len(boxes), -1, -1, -1).gather(2, index)  # (P, B, Q, 4)
     l1 = ((boxes - wanted).abs().sum(-1) * has_target).sum()
     giou = ((1 - iou_giou(boxes, wanted)[1]) * has_target).sum()
-    return CLASS * cross_entropy / norm[1] + (L1 * l1 + GIOU * giou) / norm[0]
+    targets_of_step, weights_of_step = norm
+    return CLASS * cross_entropy / weights_of_step + (L1 * l1 + GIOU * giou) / targets_of_step
 
 
 @torch.no_grad()
@@ -63,9 +64,8 @@ def match(logits: Tensor, boxes: Tensor, targets: Tensor, target_mask: Tensor) -
     """Eq. 5: logits (P, B, Q, 2), boxes (P, B, Q, 4), targets (B, M, 4), target_mask (B, M) -> (P, B, Q) int64, the
     number of each query's target, -1 = none. Each of the P predictions is matched by itself.
 
-    For distillation, targets (B, M + Q, 4) continue with the boxes of the teacher, which is prediction P - 2. A row is
-    then appended, (P + 1, B, Q): the student, prediction P - 1, matched to those boxes whose own query has a target.
-    """
+    For distillation targets (B, M + Q, 4) are the truth and the boxes of the teacher, the last decoder layer. One more
+    row, (P + 1, B, Q), matches the token branch, the last prediction, to those of the teacher that have a target."""
     (P, B, Q, _), M = boxes.shape, target_mask.shape[1]
     distil = targets.shape[1] > M
     if Q == M == 1:  # REC: there is nothing to choose
@@ -132,19 +132,20 @@ def simvg_loss(
         norm = step_normalisers(count_targets(target_mask, logits.shape[2], no_object))
     if token_on_teacher is not None:
         targets = torch.cat([targets, output.decoder_boxes[-1].detach()], dim=1)  # (B, M + Q, 4)
-    matched = match(logits, boxes, targets, target_mask)  # (P, B, Q), or (P + 1, B, Q)
-    student = len(logits) - 1  # the number of its prediction; those before are the decoder's
+    matched = match(logits, boxes, targets, target_mask)  # (P, B, Q), for distillation (P + 1, B, Q)
+    # Decoder layers matched to the truth (K, B, Q), token branch to the truth (1, B, Q) and to the teacher (1, B, Q).
+    P, K = len(logits), 0 if output.decoder_logits is None else len(output.decoder_logits)
+    decoder_truth, token_truth, token_teacher = matched.split([K, P - K, len(matched) - P])
 
     terms, share_of_truth, rest = {}, 1.0, (norm, no_object)
     if decoder is not None:
-        loss = detection_loss(*branches["decoder"], targets, matched[: len(output.decoder_logits)], *rest)
-        terms["decoder"] = decoder * loss
+        terms["decoder"] = decoder * detection_loss(*branches["decoder"], targets, decoder_truth, *rest)
     if token_on_teacher is not None:
-        w_dt = teacher_weight(output.decoder_logits[-1], output.decoder_boxes[-1], targets, matched[student - 1])
-        loss = detection_loss(*branches["token"], targets, matched[student + 1 :], *rest)
+        w_dt = teacher_weight(output.decoder_logits[-1], output.decoder_boxes[-1], targets, decoder_truth[-1])
+        loss = detection_loss(*branches["token"], targets, token_teacher, *rest)
         terms["token_on_teacher"], share_of_truth = token_on_teacher * w_dt * loss, 1 - w_dt
     if token_on_truth is not None:
-        loss = detection_loss(*branches["token"], targets, matched[student : student + 1], *rest)
+        loss = detection_loss(*branches["token"], targets, token_truth, *rest)
         terms["token_on_truth"] = token_on_truth * share_of_truth * loss
     terms["total"] = sum(terms.values())
     return terms if token_on_teacher is None else {**terms, "teacher_weight": w_dt}
@@ -165,7 +166,7 @@ def count_targets(target_mask: Tensor, queries: int, no_object: float) -> Tensor
 
 
 def step_normalisers(counts: Tensor) -> Tensor:
-    """`count_targets` of all ranks, divided by the world size, because DDP averages gradients. At least one target."""
+    """`count_targets` of all ranks, at least one target, divided by the world size, because DDP averages gradients."""
     targets, weights = global_sum(counts)
     return torch.stack([targets.clamp(min=1), weights]) / (dist.get_world_size() if dist.is_initialized() else 1)
 

@@ -3,7 +3,7 @@
     image, text -> BEiT-3 -> object token (B, D), image tokens (B, N, D), text tokens (B, L, D)
     text tokens            -> text-guided queries (B, Q, C)                                 Eq. 8
     decoder branch (teacher): queries x image tokens -> 3 decoder layers -> boxes           Eq. 2
-    token branch   (student): object token + queries -> one linear layer -> boxes           Eq. 3
+    token branch   (student): object token + queries -> linear layer, heads -> boxes        Eq. 3
 
 B batch, N image tokens, L text tokens, Q queries (1 in REC, 10 in gREC), K decoder layers, D encoder width,
 C head width, T = 1 + N + L. Boxes are cxcywh in 0..1 of the image; class 0 is "the referred object", class 1
@@ -67,7 +67,8 @@ class AttentionMaps(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """A DETR decoder layer, norms after the sums. Positions are added to queries and keys, never to values."""
+    """A DETR decoder layer, norms after the sums, without dropout on the attentions' outputs. Positions are added to
+    queries and keys, never to values."""
 
     def __init__(self, width: int, ffn: int, dropout: float):
         super().__init__()
@@ -109,12 +110,15 @@ class TextGuidedQuery(nn.Module):
         super().__init__()
         self.text_proj = nn.Linear(encoder_width, width)
         self.query_embed = nn.Embedding(queries, width)
-        self.layers = nn.ModuleList(DecoderLayer(width, ffn, dropout) for _ in range(layers))  # D11
+        self.layers = nn.ModuleList(
+            DecoderLayer(width, ffn, dropout) for _ in range(layers)
+        )  # not copies (deviation D11)
         self.norm = nn.LayerNorm(width)
         self.register_buffer("positions", torch.empty(beit3.TEXT_POSITIONS, width), persistent=False)
         self.compute_as_released(as_released)
 
     def compute_as_released(self, as_released: bool) -> None:
+        """Choose the arithmetic of the released weights or that of the paper (deviations D3 and D4 of README.md)."""
         self.as_released = as_released
         self.positions.copy_(beit3.sine_1d(*self.positions.shape, one_frequency=as_released))
 
@@ -218,7 +222,7 @@ class SimVG(nn.Module):
             encoder_width, head_width, self.encoder.grid, decoder_layers, decoder_ffn, dropout
         )
         self.token_branch = TokenBranch(encoder_width, head_width)
-        # As in the official code, only the decoder's matrices; everything else keeps PyTorch's initial weights.
+        # As in the official code, only the decoder's matrices; TQG and heads keep PyTorch's initial weights.
         for weight in self.decoder_branch.layers.parameters():
             if weight.dim() > 1:
                 nn.init.xavier_uniform_(weight)
@@ -342,8 +346,8 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str | Path
 
 
 def _simvg_weights(state: dict) -> tuple[str, dict[str, Tensor], dict]:
-    """Of a SimVG checkpoint, own or official: what it is, tensors under this project's names, arguments of SimVG. No
-    tensors: it is no such file."""
+    """Description, weights under this project's names and arguments of SimVG of a SimVG checkpoint, ours or official;
+    ("", {}, {}) if it is neither."""
     if {"config", "model", "ema"} <= state.keys():
         averaged = ", averaged weights" if state["ema"] else ""
         return f"SimVG checkpoint{averaged}", {**state["model"], **state["ema"]}, state["config"]["model"]
@@ -356,9 +360,10 @@ def _simvg_weights(state: dict) -> tuple[str, dict[str, Tensor], dict]:
 
 
 def _tokenizer_digest(state: dict, model: SimVG) -> str | None:
-    """Of the tokenizer that the weights were trained with; None if the file does not say it."""
-    official = "config" not in state and model.encoder.text_embed.num_embeddings == BEIT3_WORDS
-    return BEIT3_TOKENIZER if official else state.get("tokenizer")
+    """The digest of the tokenizer that the weights were trained with, None if unknown. Foreign files with as many words
+    as BEiT-3 were trained with BEiT-3's."""
+    beit3_words = "config" not in state and model.encoder.text_embed.num_embeddings == BEIT3_WORDS
+    return BEIT3_TOKENIZER if beit3_words else state.get("tokenizer")
 
 
 # Official names -> names here, as regular expressions, applied one after the other.

@@ -95,7 +95,7 @@ def main() -> None:
     sampler = data.MicroBatchSampler(len(state.rows), settings, state.micro, start, rank, world)
     stream = data.batches(train_set, state.collate, sampler, config["data"]["workers"], pin=device.type == "cuda")
     per_step = settings["batch_size"] // world // state.micro  # micro-batches
-    # 3. From now on a signal only leaves a mark, which is looked at between steps and between evaluation batches.
+    # 3. From now on a signal only leaves a mark, which is looked at between steps and evaluation batches.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: state.signals.append(received))
     if rank == 0:
@@ -113,11 +113,11 @@ def main() -> None:
             torch.manual_seed(hash((settings["seed"], progress["step"], rank)))  # dropout, drop path
             try:
                 terms = train_step(state, micro_batches)
-            except RuntimeError as error:
+            except RuntimeError as error:  # CUDA says "Tried to allocate ...", a CPU "can't allocate memory"
                 if "allocate" not in str(error):
                     raise
                 raise InputError(f"out of memory with {state.micro} examples at a time: {LESS_MEMORY}") from None
-            progress |= {"step_in_epoch": step + 1, "step": progress["step"] + 1}
+            progress.update(step_in_epoch=step + 1, step=progress["step"] + 1)  # counts skipped steps, too
             update_ema(state.ema, state.model, settings["ema_decay"], progress["step"])
             if terms["grad_norm"].isfinite():  # the only wait for the device (in REC), after all its work is queued
                 state.skipped_in_a_row = 0
@@ -127,7 +127,7 @@ def main() -> None:
             if time.monotonic() - state.saved_at > 60 * settings["save_minutes"] and not state.skipped_in_a_row:
                 save(state, "last.pt")
         save(state, "last.pt")  # before the evaluation, which may fail, and which a resumed run repeats
-        progress |= {"epoch": epoch + 1, "step_in_epoch": 0}
+        progress.update(epoch=epoch + 1, step_in_epoch=0)
         regular = epoch + 1 >= settings["evaluate_from"] and (epoch + 1) % settings["evaluate_every"] == 0
         if regular or epoch + 1 == settings["epochs"]:
             validate(state)
@@ -144,7 +144,7 @@ def train_step(state: TrainState, micro_batches: list[data.Batch]) -> dict[str, 
     settings, optimizer, scaler = state.config["train"], state.optimizer, state.scaler
     factors = {name: settings[f"loss_{name}"] for name in ("decoder", "token_on_truth", "token_on_teacher")}
     queries, no_object = state.model.tqg.query_embed.num_embeddings, settings["no_object_weight"]
-    # Losses are divided by counts of the whole step on all ranks, which are needed before the first of them (D6).
+    # The loss of each micro-batch is divided by counts of the whole step on all ranks (D6), so count first.
     norm = losses.step_normalisers(sum(losses.count_targets(b.box_mask, queries, no_object) for b in micro_batches))
     optimizer.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
@@ -201,15 +201,15 @@ def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float, step: int
 
 def validate(state: TrainState) -> None:
     """Evaluate the first split, with the averaged weights if there are any, and keep the best weights as best.pt."""
-    trained = {name: p.detach().clone() for name, p in state.model.named_parameters()} if state.ema else {}
-    state.model.load_state_dict({**state.model.state_dict(), **state.ema})
+    trained = {name: p.detach().clone() for name, p in state.model.named_parameters()} if state.ema else None
+    state.model.load_state_dict(state.ema or state.model.state_dict())
     figures, _ = evaluate_split(state, state.model, next(iter(state.splits)))
     # As in the official code, the mean of the trained branches' accuracies decides which weights are the best.
     accuracies = [value for name, value in figures.items() if name.endswith(("_acc", "_f1"))]
     value = sum(accuracies) / len(accuracies)
     if value > state.progress["best"] and save(state, "best.pt", ema={}, figures=figures, best=value):
         state.progress["best"] = value
-    state.model.load_state_dict({**state.model.state_dict(), **trained})
+    state.model.load_state_dict(trained or state.model.state_dict())
 
 
 def report_best(state: TrainState) -> None:
@@ -233,13 +233,14 @@ def evaluate_split(state: TrainState, model: models.SimVG, split: str, weights: 
     row = {"split": split, "weights": weights, "epoch": progress["epoch"], "step": progress["step"]}
     write_row(state, row | {name: round(value, 6) for name, value in figures.items()})
     if state.rank == 0:
-        mean_box = evaluate.mean_box_accuracy([row[0] for row in state.rows], dataset.examples) if rec else None
+        first = [examples[0] for examples in state.rows]  # one expression of each training row
+        mean_box = evaluate.mean_box_accuracy(first, dataset.examples) if rec else None
         evaluate.print_table(split, figures, evaluate.by_kind(results, dataset.examples), mean_box)
     return figures, results
 
 
 def log_step(state: TrainState, terms: dict[str, Tensor], waited: float, seconds: float) -> None:
-    """Every LOG_EVERY steps, write their means over steps and ranks to metrics.jsonl. `waited` seconds went to data."""
+    """Keep the terms of a step and the seconds that it `waited` for data; every LOG_EVERY steps, write the means."""
     progress, recent = state.progress, state.recent
     recent.append((terms, waited, seconds))
     if progress["step"] % LOG_EVERY:
@@ -337,8 +338,6 @@ def set_up(args: argparse.Namespace) -> TrainState:
 def build(config: dict, out: Path, rank: int, world: int, device: torch.device) -> TrainState:
     """A new model, inside DDP if there are several ranks, and its optimiser."""
     settings = config["train"]
-    if settings["amp"] not in models.AMP:
-        raise InputError(f'train.amp must be "" (float32), "bf16" or "fp16", not {settings["amp"]!r}')
     amp, branch = models.AMP[settings["amp"]], evaluate.trained_branch(settings)
     torch.manual_seed(settings["seed"])
     model = models.SimVG(**config["model"]).to(device)
@@ -390,7 +389,8 @@ def read_saved(out: Path, config: dict, resume: bool) -> dict | None:
         return None
     saved = models.read_checkpoint(out / "last.pt")
     with models.unpacking(out / "last.pt", InputError):
-        config["model"]["as_released"] |= saved["config"]["model"]["as_released"]  # --init may have set it
+        if saved["config"]["model"]["as_released"]:
+            config["model"]["as_released"] = True  # --init may have set it
         for section, keys in config.items():
             for key, value in keys.items():
                 old = saved["config"][section].get(key)
@@ -455,7 +455,7 @@ def report_skipped(state: TrainState, terms: dict[str, Tensor], micro_batches: l
         rows = ", ".join(state.rows[i][0].where for batch in micro_batches for i in batch.index)
         tqdm.write(f"step {state.progress['step']} skipped, rank {state.rank}: {values}; rows {rows}", file=sys.stderr)
     if state.skipped_in_a_row == PATIENCE:
-        raise InputError(f"{PATIENCE} steps in a row were not finite; the last checkpoint is from before them")
+        raise InputError(f"{PATIENCE} steps in a row were not finite: lower train.lr, or use another train.amp")
 
 
 def wait_for_all(leave: bool = False) -> None:
