@@ -38,7 +38,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as brief  # shortens whatever a message quotes
@@ -363,17 +362,11 @@ def read_rows(settings: dict, split: str, faults: list[InputError] | None = None
         items = ((f"{path}: {split}[{i}]", row) for i, row in enumerate(splits[split]))
     else:
         items = json_lines(path)
-    rows, empty = [], True
+    rows = []
     for where, row in items:
-        empty = False
-        try:
-            with located(where):
-                rows.append(_row(json.loads(row) if isinstance(row, bytes) else row, where, settings))
-        except InputError as error:
-            if faults is None:
-                raise
-            faults.append(error)
-    if empty:
+        with located(where, faults):
+            rows.append(_row(json.loads(row) if isinstance(row, bytes) else row, where, settings))
+    if not rows and not faults:
         raise InputError(f"{path}: holds no row of split {split!r}")
     return rows
 
@@ -392,18 +385,22 @@ def json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 @contextmanager
-def located(where: str | Path) -> Iterator[None]:
-    """Turn what a malformed or missing file makes its reader raise into one InputError that says where."""
+def located(where: str | Path, faults: list[InputError] | None = None) -> Iterator[None]:
+    """Whatever reading a malformed file raises becomes one InputError that says where, raised or put into `faults`."""
     try:
         yield
+        return
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        fault = str(error)
     except OSError as error:
-        raise InputError(f"{where}: cannot be read: {error.strerror}") from None
+        fault = f"cannot be read: {error.strerror}"
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{where}: is not JSON: {error}") from None
+        fault = f"is not JSON: {error}"
     except Exception as error:  # a damaged pickle can raise anything
-        raise InputError(f"{where}: is not of the expected layout: {error!r:.150}") from None
+        fault = f"is not of the expected layout: {error!r:.150}"
+    if faults is None:
+        raise InputError(f"{where}: {fault}") from None
+    faults.append(InputError(f"{where}: {fault}"))
 
 
 def _row(row: dict, where: str, settings: dict) -> Row:
@@ -573,23 +570,23 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> dict:
     if isinstance(entries[name], dict) and name != "default":
         raise InputError(f"{path}: {name!r} is a fragment of recipes, not a recipe")
     config: dict = {"model": {}, "data": {}, "train": {}}
-    for fragment in chain(_fragments(entries, "default", path), _fragments(entries, name, path)):
-        for section, keys in entries[fragment].items():
-            for key, value in keys.items():
-                _set(config, f"{path}:{fragment}", f"{section}.{key}", value)
+    for fragments in ("default", name):
+        _add(config, entries, fragments, path)
     check_config(config, path)
     override_config(config, overrides)
     return config
 
 
-def _fragments(entries: dict, name: object, path: str, inside: tuple = ()) -> Iterator[str]:
-    """The names of the fragments that a recipe consists of, in order; a recipe may name other recipes."""
+def _add(config: dict, entries: dict, name: object, path: str, inside: tuple = ()) -> None:
+    """Set the keys of a fragment, or of all that a recipe lists, in order; a recipe may name other recipes."""
     parts = entries.get(name) if isinstance(name, str) else None
     if isinstance(parts, dict) and all(isinstance(keys, dict) for keys in parts.values()):
-        yield name
+        for section, keys in parts.items():
+            for key, value in keys.items():
+                _set(config, f"{path}:{name}", f"{section}.{key}", value)
     elif isinstance(parts, list) and name not in inside:
         for part in parts:
-            yield from _fragments(entries, part, path, (*inside, name))
+            _add(config, entries, part, path, (*inside, name))
     else:
         raise InputError(f"{path}: {brief(name)} must be a fragment {{section: {{key: value}}}} or a list of others")
 
@@ -610,11 +607,11 @@ def override_config(config: dict, overrides: Sequence[str]) -> None:
 
 def check_config(config: dict, where: str) -> None:
     """InputError unless a config, of a file or a checkpoint, has every key and the values fit `KEYS` and each other."""
-    if missing := KEYS.keys() - {f"{section}.{key}" for section, keys in config.items() for key in keys}:
+    values = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
+    if missing := KEYS.keys() - values.keys():
         raise InputError(f"{where}: the config lacks {min(missing)}")
-    for section, keys in config.items():
-        for key, value in keys.items():
-            _set(config, where, f"{section}.{key}", value)
+    for key, value in values.items():
+        _set(config, where, key, value)
     model, annotations, generate = config["model"], config["data"]["annotations"], config["data"]["generate"]
     divisors = {"image_size": model["patch_size"], "encoder_width": model["encoder_heads"], "head_width": 8}
     for key, divisor in divisors.items():
@@ -675,10 +672,14 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
         examples = expand(rows)
         distinct = {(each.image, each.expression, each.boxes) for each in examples}
         cut = (tokenizer.seen(each.expression, settings["max_tokens"])[1] for each in examples)
+        over_the_edge = 0  # by more than 2 pixels
+        for each in examples:
+            width, height = each.size or (math.inf, math.inf)
+            over_the_edge += any(min(x, y) < -2 or x + w > width + 2 or y + h > height + 2 for x, y, w, h in each.boxes)
         table[split] = counts(rows) | {
             "- repeated for the same boxes": len(examples) - len(distinct),
             "- too long, so cut": sum(cut),
-            "- with a box over the image's edge": sum(map(_over_the_edge, examples)),
+            "- with a box over the image's edge": over_the_edge,
             "faults": len(faults) - before,
         }
     print_table(table)
@@ -695,7 +696,7 @@ def counts(rows: Sequence[Row]) -> dict[str, int]:
     """How many rows, images and expressions there are, the latter also by their number of targets."""
     examples = expand(rows)
     targets = Counter(min(len(each.boxes), 2) for each in examples)
-    found = {"rows": len(rows), "images": len({each.image for each in examples}), "expressions": len(examples)}
+    found = {"rows": len(rows), "expressions": len(examples), "images": len({each.image for each in examples})}
     return found | {"- without a target": targets[0], "- with one": targets[1], "- with several": targets[2]}
 
 
@@ -704,12 +705,6 @@ def print_table(table: dict[str, dict[str, int]]) -> None:
     print(f"{'':36}" + "".join(f"{split:>12}" for split in table))
     for name in next(iter(table.values())):
         print(f"{name:36}" + "".join(f"{count[name]:>12,}" for count in table.values()))
-
-
-def _over_the_edge(example: Example) -> bool:
-    """Whether a box reaches out of the image by more than 2 pixels, which are clipped."""
-    width, height = example.size or (math.inf, math.inf)
-    return any(min(x, y) < -2 or x + w > width + 2 or y + h > height + 2 for x, y, w, h in example.boxes)
 
 
 def show(config: dict, split: str, number: int, path: str) -> None:
@@ -777,12 +772,10 @@ LAYOUTS = (
     ("file_name", "expression", "bbox_xyxy", "xyxy"),
     ("file_name", "expression", "boxes_xyxy", "xyxy"),
     ("file_name", "expressions", "boxes", "xywh"),  # made by the readers of the layouts that keep boxes elsewhere
-    ("image_id", "expressions", "bbox", "official"),  # SeqTR's and SimVG's instances.json, which also loads as it is
 )
 PLURAL = ("expressions", "boxes", "boxes_xyxy")  # these keys hold a list, the others one expression or one box
 SPLITS = {split.lower(): split for split in ("train", "val", "test", "testA", "testB", "trainval")}
-# The sizes of the authors' files: so many of these figures, of which only gRefCOCO needs more than two.
-FIGURES = ("expressions", "images", "- without a target", "- with one", "- with several")
+# The sizes of the authors' files: expressions and images; in gRefCOCO also expressions with no, one, several targets.
 PUBLISHED = {
     "refcoco": {"train": (120624, 16994), "val": (10834, 1500), "testA": (5657, 750), "testB": (5095, 750)},
     "refcoco+": {"train": (120191, 16992), "val": (10758, 1500), "testA": (5726, 750), "testB": (4889, 750)},
@@ -815,59 +808,52 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
         rows.setdefault(key if split == "train" else (*key, len(rows)), []).append(example)
     if not splits:
         raise InputError(f"{', '.join(sources)}: no expression in there")
-    # Names of images are written relative to the deepest folder that all of them share.
-    names = [key[0] for rows in splits.values() for key in rows if isinstance(key[0], str)]
-    comparable = len({name[:1] == "/" for name in names}) == 1
-    shared = os.path.commonpath({os.path.dirname(name) for name in names}) if comparable else ""
+    folders = {os.path.dirname(key[0]) for rows in splits.values() for key in rows if isinstance(key[0], str)}
+    shared = ""  # the deepest folder that holds all images; their names are written relative to it
+    with suppress(ValueError):  # where there are no names, or some are absolute and others are not
+        shared = os.path.commonpath(folders)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for split, rows in splits.items():
             target = Path(to.replace("{split}", split))
             if target.exists():
                 raise InputError(f"{target}: is there already, nothing was written")
             with open(Path(scratch) / target.name, "w", encoding="utf-8") as file:
-                for key, examples in rows.items():
-                    file.write(json.dumps(_json_row(key, examples, shared), ensure_ascii=False) + "\n")
+                for (image, source, *_), examples in rows.items():
+                    row = {"image": os.path.relpath(image, shared) if shared and isinstance(image, str) else image}
+                    row["expressions"] = [each.expression for each in examples]
+                    boxes = [each.boxes for each in examples]
+                    row["boxes"] = boxes[0] if all(own == boxes[0] for own in boxes) else boxes
+                    row |= zip(("width", "height"), examples[0].size or (), strict=False)
+                    row |= {"source": source} if source else {}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
         for written in Path(scratch).iterdir():
             written.replace(folder / written.name)
     table = {split: counts(list(rows.values())) for split, rows in splits.items()}
     print_table(table)
     for split in [split for split in table if split in PUBLISHED.get(published or "", {})]:
-        sizes = zip(FIGURES, PUBLISHED[published][split], strict=False)
-        differences = (f"{name.strip('- ')} {table[split][name] - size:+,}" for name, size in sizes)
+        sizes = zip(list(table[split].items())[1:], PUBLISHED[published][split], strict=False)  # without "rows"
+        differences = (f"{name.strip('- ')} {count - size:+,}" for (name, count), size in sizes)
         print(f"{split} less the published sizes: {', '.join(differences)}")
     print("\n".join(to.replace("{split}", split) for split in splits))
     if shared:
         print(f"image names start inside {shared}, the folder that all share")
 
 
-def _json_row(key: tuple, examples: list[Example], shared: str) -> dict:
-    """A row of our own JSON Lines; its image is named from inside the folder `shared`."""
-    image, source, *_ = key
-    row = {"image": os.path.relpath(image, shared) if shared and isinstance(image, str) else image}
-    row["expressions"] = [each.expression for each in examples]
-    boxes = [each.boxes for each in examples]
-    row["boxes"] = boxes[0] if all(own == boxes[0] for own in boxes) else boxes
-    if examples[0].size:
-        row["width"], row["height"] = examples[0].size
-    return {**row, "source": source} if source else row
-
-
 def read_foreign(path: Path) -> Iterator[tuple[str, tuple, Example]]:
     """(split, key, Example) for every expression in a file of any known layout, told by the file's name and content.
 
-    The key starts with the image and its source, as the file names them; in training the expressions of one key share a
-    row. InputError names file and row. To add a layout, add a line to `LAYOUTS` or a reader that `_reader` chooses.
+    The key starts with the image and its source; in training the expressions of one key share a row. InputError names
+    file and row. To add a layout, add a line to `LAYOUTS` or a branch to `_dictionary`.
     """
-    items, reader = _reader(path)
-    for where, item in tqdm(items, desc=path.name, disable=None, leave=False):
+    items, coco = _items(path)
+    for where, split, item in tqdm(items, desc=path.name, disable=None, leave=False):
         with located(where):
-            split, key, item = reader(json.loads(item) if isinstance(item, bytes) else item)
+            key, item = _dictionary(json.loads(item) if isinstance(item, bytes) else item, coco)
             row = _own(item)
-            split = SPLITS.get(re.split(r"[^A-Za-z]", path.stem)[-1].lower()) if split is None else split
-            if not re.fullmatch(r"\w+", split or ""):
-                raise InputError(
-                    f"expected a split, as in refcoco_testA{path.suffix} or in the row, not {brief(split)}"
-                )
+            split = split or item.get("split") or SPLITS.get(re.split(r"[^A-Za-z]", path.stem)[-1].lower())
+            if not isinstance(split, str) or not re.fullmatch(r"\w+", split):
+                example = f"refcoco_testA{path.suffix}"
+                raise InputError(f"expected a split, as in {example} or in the row, not {brief(split)}")
             source = row.get("source") or None
             examples = _row({**row, "source": source}, where, {"images": "{}", "sources": {source: "{}"}})
             key = (row["image"], source, path, examples[0].size, where if key is None else str(key))
@@ -876,37 +862,63 @@ def read_foreign(path: Path) -> Iterator[tuple[str, tuple, Example]]:
                 yield from ((name, key, example) for example in examples)
 
 
-def _reader(path: Path) -> tuple[Iterable[tuple[str, object]], Callable[[object], tuple]]:
-    """(where, item) of every item of a foreign file, and the reader of an item.
-
-    A reader returns the item's split (None: the file's name tells it), the key of its row in training (None: it has a
-    row of its own) and a dictionary in one of the `LAYOUTS`.
-    """
+def _items(path: Path) -> tuple[Iterable[tuple[str, str | None, object]], COCO | None]:
+    """(where, split if known, item) of every item of a foreign file, and the COCO set that they refer to, if any."""
     if path.suffix == ".jsonl":
-        return json_lines(path), _flat
-    content = _load_pickle(path) if path.suffix in (".p", ".pth") else read_json(path)
+        return ((where, None, line) for where, line in json_lines(path)), None
+    if path.suffix in (".p", ".pth"):
+        with located(path), open(path, "rb") as file:
+            for _ in range(4 if path.suffix == ".pth" else 1):  # before torch 1.6 a .pth held its object as fourth
+                content = _PlainUnpickler(file, encoding="latin1").load()
+    else:
+        content = read_json(path)
     if isinstance(content, dict) and "images" in content:
         coco = _coco(path, content)
-        return [(f"{path}: image {i}", image) for i, image in coco.imgs.items()], partial(_mdetr, coco)
+        return [(f"{path}: image {i}", None, image) for i, image in coco.imgs.items()], coco
     if isinstance(content, dict) and all(isinstance(rows, list) for rows in content.values()):
-        rows = ((split, i, row) for split, rows in content.items() for i, row in enumerate(rows))
-        return ((f"{path}: {split}[{i}]", (split, None, row)) for split, i, row in rows), tuple
+        return [
+            (f"{path}: {split}[{i}]", split, row) for split in content for i, row in enumerate(content[split])
+        ], None
     if not isinstance(content, list) or not content:
         raise InputError(f"{path}: holds no rows of a known layout")
-    rows = [(f"{path}: row {i}", row) for i, row in enumerate(content)]
-    if isinstance(content[0], dict) and "ref_id" in content[0]:
-        beside = path.parent / "instances.json"
-        return rows, partial(_refer, _coco(beside, read_json(beside)))
-    return rows, _transvg if path.suffix == ".pth" else _flat
+    beside = path.parent / "instances.json"
+    refers = isinstance(content[0], dict) and "ref_id" in content[0]
+    rows = [(f"{path}: row {i}", None, row) for i, row in enumerate(content)]
+    return rows, _coco(beside, read_json(beside)) if refers else None
+
+
+def _dictionary(item: dict | Sequence, coco: COCO | None) -> tuple[object, dict]:
+    """The key of an item's row in training (None: it has a row of its own), and the item in one of the `LAYOUTS`."""
+    if not isinstance(item, dict):  # TransVG: file, [object,] box, phrase, ...
+        key, box, text = item[1:4] if len(item) > 3 else (None, *item[1:])
+        form = "bbox" if item[0].startswith("COCO") else "bbox_xyxy"  # xywh for COCO's images, xyxy for the others
+        return key, {"file_name": item[0], "expression": text, form: [float(v) for v in box]}
+    if "sentences" in item:  # refer and gRefCOCO with the boxes in COCO's file, ReCLIP with all boxes of the image
+        targets = coco.anns if coco else {target["id"]: target for target in item["anns"]}
+        numbers = item["ann_id"] if isinstance(item["ann_id"], list) else [item["ann_id"]]
+        boxes = [targets[number]["bbox"] for number in numbers if number != -1]
+        about = {**coco.imgs[item["image_id"]], "split": item["split"]} if coco else item
+        key = item["image_id"] if "no_target" in item else item.get("ref_id", item["ann_id"])  # gRefCOCO's: an image
+        return key, {**about, "expressions": [sentence["sent"] for sentence in item["sentences"]], "boxes": boxes}
+    if coco:  # MDETR: an image entry for each expression, whose boxes are annotations of that image
+        targets = coco.imgToAnns[item["id"]]
+        if not targets:
+            raise InputError("has no annotation")
+        key = item.get("original_id", item["id"])
+        if "empty" not in targets[0]:  # a mark of gRefCOCO's, where a row is an image
+            key = key, targets[0].get("original_id", targets[0]["id"])
+        boxes = [target["bbox"] for target in targets if target["category_id"] != -1]
+        return key, {**item, "expressions": item.get("expressions") or [item["caption"]], "boxes": boxes}
+    return [item.get(layout[2]) for layout in LAYOUTS], item  # expressions of the same boxes share a row
 
 
 def _own(item: dict) -> dict:
     """A dictionary in one of the `LAYOUTS` -> a row of our own."""
     layout = next((layout for layout in LAYOUTS if item.keys() >= set(layout[:3])), None)
+    if layout is None and {"image_id", "bbox", "expressions"} <= item.keys():  # SeqTR's and SimVG's instances.json
+        return _official(item)
     if layout is None:
         raise InputError(f"has the keys {', '.join(item):.200}, which is no known layout")
-    if layout[3] == "official":
-        return _official(item)
     texts, boxes = (item[key] if key in PLURAL else [item[key]] for key in layout[1:3])
     if boxes == [None]:  # no target
         boxes = []
@@ -914,45 +926,6 @@ def _own(item: dict) -> dict:
         boxes = [[x1, y1, round(x2 - x1, 6), round(y2 - y1, 6)] for x1, y1, x2, y2 in boxes]
     size = {side: item[side] for side in ("width", "height") if side in item}
     return {"image": item[layout[0]], "expressions": texts, "boxes": [boxes] * len(texts), **size}
-
-
-def _flat(item: dict) -> tuple:
-    """One expression and its box or boxes, or ReCLIP's: an object with its sentences, chosen from all of the image."""
-    if {"anns", "sentences"} <= item.keys():
-        item = {**item, **_resolved(item, {target["id"]: target for target in item["anns"]})}
-    return None, [item.get(layout[2]) for layout in LAYOUTS], item  # expressions of the same boxes share a row
-
-
-def _resolved(ref: dict, targets: dict) -> dict:
-    """The expressions of a ref and the boxes that its ids stand for."""
-    numbers = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
-    boxes = [targets[number]["bbox"] for number in numbers if number != -1]
-    return {"expressions": [sentence["sent"] for sentence in ref["sentences"]], "boxes": boxes}
-
-
-def _refer(coco: COCO, ref: dict) -> tuple:
-    """A ref of refer or gRefCOCO, whose images and boxes are in the instances.json of the same folder."""
-    key = ref["image_id"] if "no_target" in ref else ref["ref_id"]  # a row is an image in gRefCOCO, else an object
-    return ref["split"], key, {**coco.imgs[ref["image_id"]], **_resolved(ref, coco.anns)}
-
-
-def _mdetr(coco: COCO, image: dict) -> tuple:
-    """MDETR's finetune_*.json: an image entry for each expression, whose boxes are annotations of that image."""
-    targets = coco.imgToAnns[image["id"]]
-    if not targets:
-        raise InputError("has no annotation")
-    key = image.get("original_id", image["id"])
-    if "empty" not in targets[0]:  # a mark of gRefCOCO's, where a row is an image
-        key = key, targets[0].get("original_id", targets[0]["id"])
-    boxes = [target["bbox"] for target in targets if target["category_id"] != -1]
-    return None, key, {**image, "expressions": image.get("expressions") or [image["caption"]], "boxes": boxes}
-
-
-def _transvg(item: tuple) -> tuple:
-    """TransVG's tuples: file, [object,] box, phrase, ...; boxes are xywh for COCO's images, xyxy for the others."""
-    key, box, text = item[1:4] if len(item) > 3 else (None, *item[1:])
-    form = "bbox" if item[0].startswith("COCO") else "bbox_xyxy"
-    return None, key, {"file_name": item[0], "expression": text, form: [float(v) for v in box]}
 
 
 def _coco(path: Path, content: dict) -> COCO:
@@ -967,14 +940,6 @@ def _coco(path: Path, content: dict) -> COCO:
         if unknown := coco.imgToAnns.keys() - coco.imgs.keys():
             raise InputError(f"has annotations of an image {brief(list(unknown)[0])} that it does not list")
     return coco
-
-
-def _load_pickle(path: Path) -> object:
-    """What a refer pickle (Python 2's, too) holds, or a .pth of torch before 1.6: the fourth of its pickles."""
-    with located(path), open(path, "rb") as file:
-        for _ in range(4 if path.suffix == ".pth" else 1):
-            content = _PlainUnpickler(file, encoding="latin1").load()
-    return content
 
 
 class _PlainUnpickler(pickle._Unpickler):  # the one in C takes as much memory as a forged number says
