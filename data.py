@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from reprlib import repr as brief  # shortens whatever a message quotes
 from typing import NamedTuple
@@ -227,10 +227,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "MPO")  # Pillow reads others, t
 
 @contextmanager
 def open_image(path: str, size: tuple[int, int] | None = None, where: str = "") -> Iterator[Image.Image]:
-    """An image file with its header checked; `size` is (width, height) as the row states it.
-
-    Whatever Pillow raises, here or in the body of the `with`, becomes an InputError.
-    """
+    """An image file whose header fits the row's (width, height). What Pillow raises in the `with` is an InputError."""
     where = where or path
     if not os.path.isfile(path):  # reading a pipe or a device might never end
         raise InputError(f"{where}: there is no image {path}")
@@ -252,9 +249,8 @@ def open_image(path: str, size: tuple[int, int] | None = None, where: str = "") 
 
 def upright_size(file: Image.Image) -> tuple[int, int]:
     """(width, height) after the rotation that EXIF asks for."""
-    if file.format == "PNG":  # its EXIF may lie behind the pixels, which would all be decoded to find it
-        return file.size
-    quarter_turn = file.getexif().get(0x0112, 1) >= 5  # the tag of the orientation
+    # A PNG's EXIF may lie behind the pixels, which would all be decoded to find it. 0x0112 is the orientation.
+    quarter_turn = file.format != "PNG" and file.getexif().get(0x0112, 1) >= 5
     return file.size[::-1] if quarter_turn else file.size
 
 
@@ -503,16 +499,14 @@ def check_files(rows: Sequence[Row], decode: bool = False, faults: list[InputErr
                         check_box(box, upright)
         except InputError as error:
             return error
-        return None
 
     with ThreadPoolExecutor() as pool:  # threads suffice, because reading and decoding release Python's lock
         answers = tqdm(pool.map(fault, of_one_image.values()), "images", len(of_one_image), disable=None, leave=False)
-        found = [error for error in answers if error]
+        found = list(filter(None, answers))
     if faults is not None:
         faults += found
     elif found:
-        more = f" (and {len(found) - 1:,} more images are at fault)" if len(found) > 1 else ""
-        raise InputError(f"{found[0]}{more}")
+        raise InputError(f"{found[0]}" + (f" (and {len(found) - 1:,} more images are at fault)" if found[1:] else ""))
 
 
 # ----------------------------------------------------------------------------------------------------- configs
@@ -570,8 +564,8 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> dict:
     if isinstance(entries[name], dict) and name != "default":
         raise InputError(f"{path}: {name!r} is a fragment of recipes, not a recipe")
     config: dict = {"model": {}, "data": {}, "train": {}}
-    for fragments in ("default", name):
-        _add(config, entries, fragments, path)
+    for part in ("default", name):
+        _add(config, entries, part, path)
     check_config(config, path)
     override_config(config, overrides)
     return config
@@ -661,8 +655,7 @@ def nearest(word: str, words: Sequence[str]) -> str:
 
 
 def check(config: dict, splits: Sequence[str], decode: bool) -> None:
-    """Print what the splits hold and up to 20 faults, by row; InputError where there is one. With `decode`
-    every image is decoded."""
+    """Print what the splits hold and up to 20 faults with their rows; InputError if there is a fault."""
     settings, faults, table = config["data"], [], {}
     tokenizer = Tokenizer(settings["tokenizer"])
     for split in splits:
@@ -685,8 +678,7 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
     print_table(table)
     several = sum(count["- without a target"] + count["- with several"] for count in table.values())
     if several and config["model"]["queries"] == 1:
-        fit = "a recipe with one query, as this one, answers one box; grefcoco has ten"
-        print(f"note: {several:,} expressions without or with several targets: {fit}", file=sys.stderr)
+        print(f"note: {several:,} expressions need a recipe with several queries, such as grefcoco", file=sys.stderr)
     print(*faults[:20], sep="\n", end="\n" if faults else "")
     if faults:
         raise InputError(f"{len(faults):,} faults" + (", the first 20 are above" if len(faults) > 20 else ""))
@@ -696,7 +688,7 @@ def counts(rows: Sequence[Row]) -> dict[str, int]:
     """How many rows, images and expressions there are, the latter also by their number of targets."""
     examples = expand(rows)
     targets = Counter(min(len(each.boxes), 2) for each in examples)
-    found = {"rows": len(rows), "expressions": len(examples), "images": len({each.image for each in examples})}
+    found = {"rows": len(rows), "images": len({each.image for each in examples}), "expressions": len(examples)}
     return found | {"- without a target": targets[0], "- with one": targets[1], "- with several": targets[2]}
 
 
@@ -830,9 +822,10 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
             written.replace(folder / written.name)
     table = {split: counts(list(rows.values())) for split, rows in splits.items()}
     print_table(table)
+    figures = ("expressions", "images", "- without a target", "- with one", "- with several")
     for split in [split for split in table if split in PUBLISHED.get(published or "", {})]:
-        sizes = zip(list(table[split].items())[1:], PUBLISHED[published][split], strict=False)  # without "rows"
-        differences = (f"{name.strip('- ')} {count - size:+,}" for (name, count), size in sizes)
+        sizes = zip(figures, PUBLISHED[published][split], strict=False)  # only gRefCOCO has more than two
+        differences = (f"{name.strip('- ')} {table[split][name] - size:+,}" for name, size in sizes)
         print(f"{split} less the published sizes: {', '.join(differences)}")
     print("\n".join(to.replace("{split}", split) for split in splits))
     if shared:
@@ -876,14 +869,13 @@ def _items(path: Path) -> tuple[Iterable[tuple[str, str | None, object]], COCO |
         coco = _coco(path, content)
         return [(f"{path}: image {i}", None, image) for i, image in coco.imgs.items()], coco
     if isinstance(content, dict) and all(isinstance(rows, list) for rows in content.values()):
-        return [
-            (f"{path}: {split}[{i}]", split, row) for split in content for i, row in enumerate(content[split])
-        ], None
+        rows = ((split, i, row) for split, rows in content.items() for i, row in enumerate(rows))
+        return ((f"{path}: {split}[{i}]", split, row) for split, i, row in rows), None
     if not isinstance(content, list) or not content:
         raise InputError(f"{path}: holds no rows of a known layout")
     beside = path.parent / "instances.json"
     refers = isinstance(content[0], dict) and "ref_id" in content[0]
-    rows = [(f"{path}: row {i}", None, row) for i, row in enumerate(content)]
+    rows = ((f"{path}: row {i}", None, row) for i, row in enumerate(content))
     return rows, _coco(beside, read_json(beside)) if refers else None
 
 
@@ -983,11 +975,9 @@ RELATIONS = {"left of": ("x", -1), "right of": ("x", 1), "above": ("y", -1), "be
 
 
 class Thing(NamedTuple):
-    """One object of a scene: centre and side as parts of the image's side."""
-
     color: str
     shape: str
-    x: float
+    x: float  # of its centre; all lengths are parts of the image's side
     y: float
     side: float
 
@@ -1015,37 +1005,29 @@ def make_shapes(folder: Path, scenes: int, set_name: str, show: bool = True) -> 
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # left by a killed run
     (part / "images").mkdir(parents=True)
-    texts: set[str] = set()
-    for split in ("train", "val", "test"):
-        rows = _shapes_split(part, split, scenes if split == "train" else min(2000, scenes), set_name, show)
-        (part / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        texts.update(text for row in rows if split == "train" for text in row["expressions"])
+    rows: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
+    for split, of_split in rows.items():
+        training, scene = split == "train", 0
+        wanted, counts = (scenes, COUNTS[set_name][0]) if training else (min(2000, scenes), COUNTS[set_name][1])
+        bar = tqdm(total=wanted, desc=f"drawing {split}", disable=None if show else True, leave=False)
+        while (scene if training else len(of_split)) < wanted:
+            rng = random.Random(f"shapes/{split}/{scene}")  # every scene has a seed of its own
+            image, things = draw_scene(rng, counts)
+            name = f"{split}_{scene:05d}.jpg"
+            image.save(part / "images" / name, quality=92, subsampling=0)
+            new = _shapes_rows(things, name, set_name == "shapes-grec", rng)
+            of_split += new if training else [{**row, "expressions": row["expressions"][:1]} for row in new]
+            scene += 1
+            bar.update(1 if training else len(new))
+        bar.close()
+        lines = [json.dumps(row) + "\n" for row in (of_split if training else of_split[:wanted])]
+        (part / f"{split}.jsonl").write_text("".join(lines))
     # 160 pieces are enough for every word of the phrases to be one piece.
     options = {"model_type": "bpe", "vocab_size": 160, "hard_vocab_limit": False, "minloglevel": 2}
-    model = io.BytesIO()
+    model, texts = io.BytesIO(), {text for row in rows["train"] for text in row["expressions"]}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sorted(texts)), model_writer=model, **options)
     (part / "shapes.spm").write_bytes(model.getvalue())
     part.rename(folder)
-
-
-def _shapes_split(folder: Path, split: str, wanted: int, set_name: str, show: bool) -> list[dict]:
-    """Draw the images of one split and return its rows: `wanted` scenes of train, expressions of val and test."""
-    rows: list[dict] = []
-    number, counts = 0, COUNTS[set_name][split != "train"]
-    bar = tqdm(total=wanted, desc=f"drawing {split}", disable=None if show else True, leave=False)
-    while (number if split == "train" else len(rows)) < wanted:
-        rng = random.Random(f"shapes/{split}/{number}")  # every scene has a seed of its own
-        image, things = draw_scene(rng, counts)
-        name = f"{split}_{number:05d}.jpg"
-        image.save(folder / "images" / name, quality=92, subsampling=0)
-        new = _shapes_rows(things, name, set_name == "shapes-grec", rng)
-        if split != "train":
-            new = [{**row, "expressions": row["expressions"][:1]} for row in new]
-        rows += new
-        number += 1
-        bar.update(1 if split == "train" else len(new))
-    bar.close()
-    return rows if split == "train" else rows[:wanted]
 
 
 def draw_scene(rng: random.Random, counts: Sequence[int]) -> tuple[Image.Image, list[Thing]]:
@@ -1105,25 +1087,21 @@ def phrases(things: list[Thing], kind: str) -> list[tuple[str, list[int]]]:
     Groups without any thing are named as well: in gREC they are the expressions without a target.
     """
     groups = []
-    for color in (None, *COLORS):
-        for shape in (None, *SHAPES):
-            words = " ".join(filter(None, (color, shape or "object")))
-            members = [i for i, t in enumerate(things) if color in (None, t.color) and shape in (None, t.shape)]
-            groups.append((words, members))
-    if kind == "attribute":
-        return [(f"the {words}", members) for words, members in groups if words != "object"]
+    for color, shape in product((None, *COLORS), (None, *SHAPES)):
+        members = [i for i, t in enumerate(things) if color in (None, t.color) and shape in (None, t.shape)]
+        groups.append((" ".join(filter(None, (color, shape or "object"))), members))
     found = []
-    if kind == "superlative":
-        for words, members in groups:
-            for name, (what, sign, margin) in SUPERLATIVES.items():
-                order = sorted(members, key=lambda i: -sign * getattr(things[i], what))
-                values = [getattr(things[i], what) for i in order[:2]]
-                if len(order) != 1 and (not order or abs(values[0] - values[1]) > margin):
-                    found.append((f"the {name} {words}", order[:1]))
-        return found
-    anchors = [(words, members[0]) for words, members in groups if len(members) == 1 and " " in words]
-    for anchor_words, anchor in anchors:
-        for words, members in groups:
+    if kind == "attribute":
+        found = [(f"the {words}", members) for words, members in groups if words != "object"]
+    elif kind == "superlative":
+        for (words, members), (name, (what, sign, margin)) in product(groups, SUPERLATIVES.items()):
+            order = sorted(members, key=lambda i: -sign * getattr(things[i], what))
+            values = [getattr(things[i], what) for i in order[:2]]
+            if not order or len(order) > 1 and abs(values[0] - values[1]) > margin:
+                found.append((f"the {name} {words}", order[:1]))
+    else:
+        anchors = [(words, members[0]) for words, members in groups if len(members) == 1 and " " in words]
+        for (anchor_words, anchor), (words, members) in product(anchors, groups):
             others = [i for i in members if i != anchor]
             for name, (what, sign) in RELATIONS.items():
                 offsets = [sign * (getattr(things[i], what) - getattr(things[anchor], what)) for i in others]
@@ -1134,25 +1112,6 @@ def phrases(things: list[Thing], kind: str) -> list[tuple[str, list[int]]]:
 
 
 # -------------------------------------------------------------------------------------------------- the program
-
-
-def main() -> None:
-    args = parse_arguments()
-    if args.job == "convert":
-        convert(args.sources, args.to, args.published)
-        return
-    if args.job == "show":
-        file = Path(args.save)
-        if file.suffix not in (".png", ".jpg") or file.is_dir() or not file.absolute().parent.is_dir():
-            raise InputError(f"--save {file}: expected a file that ends in .png or .jpg, in a folder that is there")
-        if not 1 <= args.n <= 600:
-            raise InputError(f"-n {args.n}: expected 1 to 600 examples")
-    config = load_config(args.config, args.set)
-    make_embedded_set(config["data"])
-    if args.job == "check":
-        check(config, args.split or ["train", *config["data"]["eval_splits"]], args.images)
-    else:
-        show(config, args.split, args.n, args.save)
 
 
 CONVERT = """Annotations of other projects, checked row by row, to JSON Lines, one file a split. The layout is told by
@@ -1167,8 +1126,7 @@ def parse_arguments() -> argparse.Namespace:
     job = jobs.add_parser("convert", help="other layouts to JSON Lines", description=CONVERT)
     job.add_argument("sources", nargs="+", metavar="FILE", help="annotation files, told apart by name and content")
     job.add_argument("--to", required=True, metavar="PATTERN", help="such as data/annotations/mine/{split}.jsonl")
-    sets = f"compare sizes with those published: {', '.join(PUBLISHED)}"
-    job.add_argument("--published", choices=PUBLISHED, metavar="SET", help=sets)
+    job.add_argument("--published", choices=PUBLISHED, help="compare sizes with those that the authors published")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", required=True, metavar="FILE:NAME", help="such as configs.json:refcoco")
     keys = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
@@ -1181,6 +1139,24 @@ def parse_arguments() -> argparse.Namespace:
     job.add_argument("-n", type=int, default=16, help="number of examples (default: 16)")
     job.add_argument("--save", default="examples.png", metavar="FILE", help="default: examples.png")
     return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.job == "convert":
+        return convert(args.sources, args.to, args.published)
+    if args.job == "show":  # before the config, because that may draw the embedded set
+        file = Path(args.save)
+        if file.suffix not in (".png", ".jpg") or file.is_dir() or not file.absolute().parent.is_dir():
+            raise InputError(f"--save {file}: expected a file that ends in .png or .jpg, in a folder that is there")
+        if not 1 <= args.n <= 600:
+            raise InputError(f"-n {args.n}: expected 1 to 600 examples")
+    config = load_config(args.config, args.set)
+    make_embedded_set(config["data"])
+    if args.job == "check":
+        check(config, args.split or ["train", *config["data"]["eval_splits"]], args.images)
+    else:
+        show(config, args.split, args.n, args.save)
 
 
 class InputError(ValueError):
