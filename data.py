@@ -38,8 +38,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from reprlib import repr as brief  # shortens whatever a message quotes
 from typing import NamedTuple
@@ -228,10 +227,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "MPO")  # Pillow reads others, t
 
 @contextmanager
 def open_image(path: str, size: tuple[int, int] | None = None, where: str = "") -> Iterator[Image.Image]:
-    """An image file with its header checked; `size` is (width, height) as the row states it.
-
-    Whatever Pillow raises, here or in the body of the `with`, becomes an InputError.
-    """
+    """An image file whose header fits the row's (width, height). What Pillow raises in the `with` is an InputError."""
     where = where or path
     if not os.path.isfile(path):  # reading a pipe or a device might never end
         raise InputError(f"{where}: there is no image {path}")
@@ -253,9 +249,8 @@ def open_image(path: str, size: tuple[int, int] | None = None, where: str = "") 
 
 def upright_size(file: Image.Image) -> tuple[int, int]:
     """(width, height) after the rotation that EXIF asks for."""
-    if file.format == "PNG":  # its EXIF may lie behind the pixels, which would all be decoded to find it
-        return file.size
-    quarter_turn = file.getexif().get(0x0112, 1) >= 5  # the tag of the orientation
+    # A PNG's EXIF may lie behind the pixels, which would all be decoded to find it. 0x0112 is the orientation.
+    quarter_turn = file.format != "PNG" and file.getexif().get(0x0112, 1) >= 5
     return file.size[::-1] if quarter_turn else file.size
 
 
@@ -363,17 +358,11 @@ def read_rows(settings: dict, split: str, faults: list[InputError] | None = None
         items = ((f"{path}: {split}[{i}]", row) for i, row in enumerate(splits[split]))
     else:
         items = json_lines(path)
-    rows, empty = [], True
+    rows = []
     for where, row in items:
-        empty = False
-        try:
-            with located(where):
-                rows.append(_row(json.loads(row) if isinstance(row, bytes) else row, where, settings))
-        except InputError as error:
-            if faults is None:
-                raise
-            faults.append(error)
-    if empty:
+        with located(where, faults):
+            rows.append(_row(json.loads(row) if isinstance(row, bytes) else row, where, settings))
+    if not rows and not faults:
         raise InputError(f"{path}: holds no row of split {split!r}")
     return rows
 
@@ -392,18 +381,22 @@ def json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 @contextmanager
-def located(where: str | Path) -> Iterator[None]:
-    """Turn what a malformed or missing file makes its reader raise into one InputError that says where."""
+def located(where: str | Path, faults: list[InputError] | None = None) -> Iterator[None]:
+    """Whatever reading a malformed file raises becomes one InputError that says where, raised or put into `faults`."""
     try:
         yield
+        return
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        fault = str(error)
     except OSError as error:
-        raise InputError(f"{where}: cannot be read: {error.strerror}") from None
+        fault = f"cannot be read: {error.strerror}"
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{where}: is not JSON: {error}") from None
+        fault = f"is not JSON: {error}"
     except Exception as error:  # a damaged pickle can raise anything
-        raise InputError(f"{where}: is not of the expected layout: {error!r:.150}") from None
+        fault = f"is not of the expected layout: {error!r:.150}"
+    if faults is None:
+        raise InputError(f"{where}: {fault}") from None
+    faults.append(InputError(f"{where}: {fault}"))
 
 
 def _row(row: dict, where: str, settings: dict) -> Row:
@@ -506,16 +499,14 @@ def check_files(rows: Sequence[Row], decode: bool = False, faults: list[InputErr
                         check_box(box, upright)
         except InputError as error:
             return error
-        return None
 
     with ThreadPoolExecutor() as pool:  # threads suffice, because reading and decoding release Python's lock
         answers = tqdm(pool.map(fault, of_one_image.values()), "images", len(of_one_image), disable=None, leave=False)
-        found = [error for error in answers if error]
+        found = list(filter(None, answers))
     if faults is not None:
         faults += found
     elif found:
-        more = f" (and {len(found) - 1:,} more images are at fault)" if len(found) > 1 else ""
-        raise InputError(f"{found[0]}{more}")
+        raise InputError(f"{found[0]}" + (f" (and {len(found) - 1:,} more images are at fault)" if found[1:] else ""))
 
 
 # ----------------------------------------------------------------------------------------------------- configs
@@ -573,23 +564,23 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> dict:
     if isinstance(entries[name], dict) and name != "default":
         raise InputError(f"{path}: {name!r} is a fragment of recipes, not a recipe")
     config: dict = {"model": {}, "data": {}, "train": {}}
-    for fragment in chain(_fragments(entries, "default", path), _fragments(entries, name, path)):
-        for section, keys in entries[fragment].items():
-            for key, value in keys.items():
-                _set(config, f"{path}:{fragment}", f"{section}.{key}", value)
+    for part in ("default", name):
+        _add(config, entries, part, path)
     check_config(config, path)
     override_config(config, overrides)
     return config
 
 
-def _fragments(entries: dict, name: object, path: str, inside: tuple = ()) -> Iterator[str]:
-    """The names of the fragments that a recipe consists of, in order; a recipe may name other recipes."""
+def _add(config: dict, entries: dict, name: object, path: str, inside: tuple = ()) -> None:
+    """Set the keys of a fragment, or of all that a recipe lists, in order; a recipe may name other recipes."""
     parts = entries.get(name) if isinstance(name, str) else None
     if isinstance(parts, dict) and all(isinstance(keys, dict) for keys in parts.values()):
-        yield name
+        for section, keys in parts.items():
+            for key, value in keys.items():
+                _set(config, f"{path}:{name}", f"{section}.{key}", value)
     elif isinstance(parts, list) and name not in inside:
         for part in parts:
-            yield from _fragments(entries, part, path, (*inside, name))
+            _add(config, entries, part, path, (*inside, name))
     else:
         raise InputError(f"{path}: {brief(name)} must be a fragment {{section: {{key: value}}}} or a list of others")
 
@@ -610,11 +601,11 @@ def override_config(config: dict, overrides: Sequence[str]) -> None:
 
 def check_config(config: dict, where: str) -> None:
     """InputError unless a config, of a file or a checkpoint, has every key and the values fit `KEYS` and each other."""
-    if missing := KEYS.keys() - {f"{section}.{key}" for section, keys in config.items() for key in keys}:
+    values = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
+    if missing := KEYS.keys() - values.keys():
         raise InputError(f"{where}: the config lacks {min(missing)}")
-    for section, keys in config.items():
-        for key, value in keys.items():
-            _set(config, where, f"{section}.{key}", value)
+    for key, value in values.items():
+        _set(config, where, key, value)
     model, annotations, generate = config["model"], config["data"]["annotations"], config["data"]["generate"]
     divisors = {"image_size": model["patch_size"], "encoder_width": model["encoder_heads"], "head_width": 8}
     for key, divisor in divisors.items():
@@ -664,8 +655,7 @@ def nearest(word: str, words: Sequence[str]) -> str:
 
 
 def check(config: dict, splits: Sequence[str], decode: bool) -> None:
-    """Print what the splits hold and up to 20 faults, by row; InputError where there is one. With `decode`
-    every image is decoded."""
+    """Print what the splits hold and up to 20 faults with their rows; InputError if there is a fault."""
     settings, faults, table = config["data"], [], {}
     tokenizer = Tokenizer(settings["tokenizer"])
     for split in splits:
@@ -675,17 +665,20 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
         examples = expand(rows)
         distinct = {(each.image, each.expression, each.boxes) for each in examples}
         cut = (tokenizer.seen(each.expression, settings["max_tokens"])[1] for each in examples)
+        over_the_edge = 0  # by more than 2 pixels
+        for each in examples:
+            width, height = each.size or (math.inf, math.inf)
+            over_the_edge += any(min(x, y) < -2 or x + w > width + 2 or y + h > height + 2 for x, y, w, h in each.boxes)
         table[split] = counts(rows) | {
             "- repeated for the same boxes": len(examples) - len(distinct),
             "- too long, so cut": sum(cut),
-            "- with a box over the image's edge": sum(map(_over_the_edge, examples)),
+            "- with a box over the image's edge": over_the_edge,
             "faults": len(faults) - before,
         }
     print_table(table)
     several = sum(count["- without a target"] + count["- with several"] for count in table.values())
     if several and config["model"]["queries"] == 1:
-        fit = "a recipe with one query, as this one, answers one box; grefcoco has ten"
-        print(f"note: {several:,} expressions without or with several targets: {fit}", file=sys.stderr)
+        print(f"note: {several:,} expressions need a recipe with several queries, such as grefcoco", file=sys.stderr)
     print(*faults[:20], sep="\n", end="\n" if faults else "")
     if faults:
         raise InputError(f"{len(faults):,} faults" + (", the first 20 are above" if len(faults) > 20 else ""))
@@ -704,12 +697,6 @@ def print_table(table: dict[str, dict[str, int]]) -> None:
     print(f"{'':36}" + "".join(f"{split:>12}" for split in table))
     for name in next(iter(table.values())):
         print(f"{name:36}" + "".join(f"{count[name]:>12,}" for count in table.values()))
-
-
-def _over_the_edge(example: Example) -> bool:
-    """Whether a box reaches out of the image by more than 2 pixels, which are clipped."""
-    width, height = example.size or (math.inf, math.inf)
-    return any(min(x, y) < -2 or x + w > width + 2 or y + h > height + 2 for x, y, w, h in example.boxes)
 
 
 def show(config: dict, split: str, number: int, path: str) -> None:
@@ -777,12 +764,10 @@ LAYOUTS = (
     ("file_name", "expression", "bbox_xyxy", "xyxy"),
     ("file_name", "expression", "boxes_xyxy", "xyxy"),
     ("file_name", "expressions", "boxes", "xywh"),  # made by the readers of the layouts that keep boxes elsewhere
-    ("image_id", "expressions", "bbox", "official"),  # SeqTR's and SimVG's instances.json, which also loads as it is
 )
 PLURAL = ("expressions", "boxes", "boxes_xyxy")  # these keys hold a list, the others one expression or one box
 SPLITS = {split.lower(): split for split in ("train", "val", "test", "testA", "testB", "trainval")}
-# The sizes of the authors' files: so many of these figures, of which only gRefCOCO needs more than two.
-FIGURES = ("expressions", "images", "- without a target", "- with one", "- with several")
+# The sizes of the authors' files: expressions and images; in gRefCOCO also expressions with no, one, several targets.
 PUBLISHED = {
     "refcoco": {"train": (120624, 16994), "val": (10834, 1500), "testA": (5657, 750), "testB": (5095, 750)},
     "refcoco+": {"train": (120191, 16992), "val": (10758, 1500), "testA": (5726, 750), "testB": (4889, 750)},
@@ -815,24 +800,31 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
         rows.setdefault(key if split == "train" else (*key, len(rows)), []).append(example)
     if not splits:
         raise InputError(f"{', '.join(sources)}: no expression in there")
-    # Names of images are written relative to the deepest folder that all of them share.
-    names = [key[0] for rows in splits.values() for key in rows if isinstance(key[0], str)]
-    comparable = len({name[:1] == "/" for name in names}) == 1
-    shared = os.path.commonpath({os.path.dirname(name) for name in names}) if comparable else ""
+    folders = {os.path.dirname(key[0]) for rows in splits.values() for key in rows if isinstance(key[0], str)}
+    shared = ""  # the deepest folder that holds all images; their names are written relative to it
+    with suppress(ValueError):  # where there are no names, or some are absolute and others are not
+        shared = os.path.commonpath(folders)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for split, rows in splits.items():
             target = Path(to.replace("{split}", split))
             if target.exists():
                 raise InputError(f"{target}: is there already, nothing was written")
             with open(Path(scratch) / target.name, "w", encoding="utf-8") as file:
-                for key, examples in rows.items():
-                    file.write(json.dumps(_json_row(key, examples, shared), ensure_ascii=False) + "\n")
+                for (image, source, *_), examples in rows.items():
+                    row = {"image": os.path.relpath(image, shared) if shared and isinstance(image, str) else image}
+                    row["expressions"] = [each.expression for each in examples]
+                    boxes = [each.boxes for each in examples]
+                    row["boxes"] = boxes[0] if all(own == boxes[0] for own in boxes) else boxes
+                    row |= zip(("width", "height"), examples[0].size or (), strict=False)
+                    row |= {"source": source} if source else {}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
         for written in Path(scratch).iterdir():
             written.replace(folder / written.name)
     table = {split: counts(list(rows.values())) for split, rows in splits.items()}
     print_table(table)
+    figures = ("expressions", "images", "- without a target", "- with one", "- with several")
     for split in [split for split in table if split in PUBLISHED.get(published or "", {})]:
-        sizes = zip(FIGURES, PUBLISHED[published][split], strict=False)
+        sizes = zip(figures, PUBLISHED[published][split], strict=False)  # only gRefCOCO has more than two
         differences = (f"{name.strip('- ')} {table[split][name] - size:+,}" for name, size in sizes)
         print(f"{split} less the published sizes: {', '.join(differences)}")
     print("\n".join(to.replace("{split}", split) for split in splits))
@@ -840,34 +832,21 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
         print(f"image names start inside {shared}, the folder that all share")
 
 
-def _json_row(key: tuple, examples: list[Example], shared: str) -> dict:
-    """A row of our own JSON Lines; its image is named from inside the folder `shared`."""
-    image, source, *_ = key
-    row = {"image": os.path.relpath(image, shared) if shared and isinstance(image, str) else image}
-    row["expressions"] = [each.expression for each in examples]
-    boxes = [each.boxes for each in examples]
-    row["boxes"] = boxes[0] if all(own == boxes[0] for own in boxes) else boxes
-    if examples[0].size:
-        row["width"], row["height"] = examples[0].size
-    return {**row, "source": source} if source else row
-
-
 def read_foreign(path: Path) -> Iterator[tuple[str, tuple, Example]]:
     """(split, key, Example) for every expression in a file of any known layout, told by the file's name and content.
 
-    The key starts with the image and its source, as the file names them; in training the expressions of one key share a
-    row. InputError names file and row. To add a layout, add a line to `LAYOUTS` or a reader that `_reader` chooses.
+    The key starts with the image and its source; in training the expressions of one key share a row. InputError names
+    file and row. To add a layout, add a line to `LAYOUTS` or a branch to `_dictionary`.
     """
-    items, reader = _reader(path)
-    for where, item in tqdm(items, desc=path.name, disable=None, leave=False):
+    items, coco = _items(path)
+    for where, split, item in tqdm(items, desc=path.name, disable=None, leave=False):
         with located(where):
-            split, key, item = reader(json.loads(item) if isinstance(item, bytes) else item)
+            key, item = _dictionary(json.loads(item) if isinstance(item, bytes) else item, coco)
             row = _own(item)
-            split = SPLITS.get(re.split(r"[^A-Za-z]", path.stem)[-1].lower()) if split is None else split
-            if not re.fullmatch(r"\w+", split or ""):
-                raise InputError(
-                    f"expected a split, as in refcoco_testA{path.suffix} or in the row, not {brief(split)}"
-                )
+            split = split or item.get("split") or SPLITS.get(re.split(r"[^A-Za-z]", path.stem)[-1].lower())
+            if not isinstance(split, str) or not re.fullmatch(r"\w+", split):
+                example = f"refcoco_testA{path.suffix}"
+                raise InputError(f"expected a split, as in {example} or in the row, not {brief(split)}")
             source = row.get("source") or None
             examples = _row({**row, "source": source}, where, {"images": "{}", "sources": {source: "{}"}})
             key = (row["image"], source, path, examples[0].size, where if key is None else str(key))
@@ -876,37 +855,62 @@ def read_foreign(path: Path) -> Iterator[tuple[str, tuple, Example]]:
                 yield from ((name, key, example) for example in examples)
 
 
-def _reader(path: Path) -> tuple[Iterable[tuple[str, object]], Callable[[object], tuple]]:
-    """(where, item) of every item of a foreign file, and the reader of an item.
-
-    A reader returns the item's split (None: the file's name tells it), the key of its row in training (None: it has a
-    row of its own) and a dictionary in one of the `LAYOUTS`.
-    """
+def _items(path: Path) -> tuple[Iterable[tuple[str, str | None, object]], COCO | None]:
+    """(where, split if known, item) of every item of a foreign file, and the COCO set that they refer to, if any."""
     if path.suffix == ".jsonl":
-        return json_lines(path), _flat
-    content = _load_pickle(path) if path.suffix in (".p", ".pth") else read_json(path)
+        return ((where, None, line) for where, line in json_lines(path)), None
+    if path.suffix in (".p", ".pth"):
+        with located(path), open(path, "rb") as file:
+            for _ in range(4 if path.suffix == ".pth" else 1):  # before torch 1.6 a .pth held its object as fourth
+                content = _PlainUnpickler(file, encoding="latin1").load()
+    else:
+        content = read_json(path)
     if isinstance(content, dict) and "images" in content:
         coco = _coco(path, content)
-        return [(f"{path}: image {i}", image) for i, image in coco.imgs.items()], partial(_mdetr, coco)
+        return [(f"{path}: image {i}", None, image) for i, image in coco.imgs.items()], coco
     if isinstance(content, dict) and all(isinstance(rows, list) for rows in content.values()):
         rows = ((split, i, row) for split, rows in content.items() for i, row in enumerate(rows))
-        return ((f"{path}: {split}[{i}]", (split, None, row)) for split, i, row in rows), tuple
+        return ((f"{path}: {split}[{i}]", split, row) for split, i, row in rows), None
     if not isinstance(content, list) or not content:
         raise InputError(f"{path}: holds no rows of a known layout")
-    rows = [(f"{path}: row {i}", row) for i, row in enumerate(content)]
-    if isinstance(content[0], dict) and "ref_id" in content[0]:
-        beside = path.parent / "instances.json"
-        return rows, partial(_refer, _coco(beside, read_json(beside)))
-    return rows, _transvg if path.suffix == ".pth" else _flat
+    beside = path.parent / "instances.json"
+    refers = isinstance(content[0], dict) and "ref_id" in content[0]
+    rows = ((f"{path}: row {i}", None, row) for i, row in enumerate(content))
+    return rows, _coco(beside, read_json(beside)) if refers else None
+
+
+def _dictionary(item: dict | Sequence, coco: COCO | None) -> tuple[object, dict]:
+    """The key of an item's row in training (None: it has a row of its own), and the item in one of the `LAYOUTS`."""
+    if not isinstance(item, dict):  # TransVG: file, [object,] box, phrase, ...
+        key, box, text = item[1:4] if len(item) > 3 else (None, *item[1:])
+        form = "bbox" if item[0].startswith("COCO") else "bbox_xyxy"  # xywh for COCO's images, xyxy for the others
+        return key, {"file_name": item[0], "expression": text, form: [float(v) for v in box]}
+    if "sentences" in item:  # refer and gRefCOCO with the boxes in COCO's file, ReCLIP with all boxes of the image
+        targets = coco.anns if coco else {target["id"]: target for target in item["anns"]}
+        numbers = item["ann_id"] if isinstance(item["ann_id"], list) else [item["ann_id"]]
+        boxes = [targets[number]["bbox"] for number in numbers if number != -1]
+        about = {**coco.imgs[item["image_id"]], "split": item["split"]} if coco else item
+        key = item["image_id"] if "no_target" in item else item.get("ref_id", item["ann_id"])  # gRefCOCO's: an image
+        return key, {**about, "expressions": [sentence["sent"] for sentence in item["sentences"]], "boxes": boxes}
+    if coco:  # MDETR: an image entry for each expression, whose boxes are annotations of that image
+        targets = coco.imgToAnns[item["id"]]
+        if not targets:
+            raise InputError("has no annotation")
+        key = item.get("original_id", item["id"])
+        if "empty" not in targets[0]:  # a mark of gRefCOCO's, where a row is an image
+            key = key, targets[0].get("original_id", targets[0]["id"])
+        boxes = [target["bbox"] for target in targets if target["category_id"] != -1]
+        return key, {**item, "expressions": item.get("expressions") or [item["caption"]], "boxes": boxes}
+    return [item.get(layout[2]) for layout in LAYOUTS], item  # expressions of the same boxes share a row
 
 
 def _own(item: dict) -> dict:
     """A dictionary in one of the `LAYOUTS` -> a row of our own."""
     layout = next((layout for layout in LAYOUTS if item.keys() >= set(layout[:3])), None)
+    if layout is None and {"image_id", "bbox", "expressions"} <= item.keys():  # SeqTR's and SimVG's instances.json
+        return _official(item)
     if layout is None:
         raise InputError(f"has the keys {', '.join(item):.200}, which is no known layout")
-    if layout[3] == "official":
-        return _official(item)
     texts, boxes = (item[key] if key in PLURAL else [item[key]] for key in layout[1:3])
     if boxes == [None]:  # no target
         boxes = []
@@ -914,45 +918,6 @@ def _own(item: dict) -> dict:
         boxes = [[x1, y1, round(x2 - x1, 6), round(y2 - y1, 6)] for x1, y1, x2, y2 in boxes]
     size = {side: item[side] for side in ("width", "height") if side in item}
     return {"image": item[layout[0]], "expressions": texts, "boxes": [boxes] * len(texts), **size}
-
-
-def _flat(item: dict) -> tuple:
-    """One expression and its box or boxes, or ReCLIP's: an object with its sentences, chosen from all of the image."""
-    if {"anns", "sentences"} <= item.keys():
-        item = {**item, **_resolved(item, {target["id"]: target for target in item["anns"]})}
-    return None, [item.get(layout[2]) for layout in LAYOUTS], item  # expressions of the same boxes share a row
-
-
-def _resolved(ref: dict, targets: dict) -> dict:
-    """The expressions of a ref and the boxes that its ids stand for."""
-    numbers = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
-    boxes = [targets[number]["bbox"] for number in numbers if number != -1]
-    return {"expressions": [sentence["sent"] for sentence in ref["sentences"]], "boxes": boxes}
-
-
-def _refer(coco: COCO, ref: dict) -> tuple:
-    """A ref of refer or gRefCOCO, whose images and boxes are in the instances.json of the same folder."""
-    key = ref["image_id"] if "no_target" in ref else ref["ref_id"]  # a row is an image in gRefCOCO, else an object
-    return ref["split"], key, {**coco.imgs[ref["image_id"]], **_resolved(ref, coco.anns)}
-
-
-def _mdetr(coco: COCO, image: dict) -> tuple:
-    """MDETR's finetune_*.json: an image entry for each expression, whose boxes are annotations of that image."""
-    targets = coco.imgToAnns[image["id"]]
-    if not targets:
-        raise InputError("has no annotation")
-    key = image.get("original_id", image["id"])
-    if "empty" not in targets[0]:  # a mark of gRefCOCO's, where a row is an image
-        key = key, targets[0].get("original_id", targets[0]["id"])
-    boxes = [target["bbox"] for target in targets if target["category_id"] != -1]
-    return None, key, {**image, "expressions": image.get("expressions") or [image["caption"]], "boxes": boxes}
-
-
-def _transvg(item: tuple) -> tuple:
-    """TransVG's tuples: file, [object,] box, phrase, ...; boxes are xywh for COCO's images, xyxy for the others."""
-    key, box, text = item[1:4] if len(item) > 3 else (None, *item[1:])
-    form = "bbox" if item[0].startswith("COCO") else "bbox_xyxy"
-    return None, key, {"file_name": item[0], "expression": text, form: [float(v) for v in box]}
 
 
 def _coco(path: Path, content: dict) -> COCO:
@@ -967,14 +932,6 @@ def _coco(path: Path, content: dict) -> COCO:
         if unknown := coco.imgToAnns.keys() - coco.imgs.keys():
             raise InputError(f"has annotations of an image {brief(list(unknown)[0])} that it does not list")
     return coco
-
-
-def _load_pickle(path: Path) -> object:
-    """What a refer pickle (Python 2's, too) holds, or a .pth of torch before 1.6: the fourth of its pickles."""
-    with located(path), open(path, "rb") as file:
-        for _ in range(4 if path.suffix == ".pth" else 1):
-            content = _PlainUnpickler(file, encoding="latin1").load()
-    return content
 
 
 class _PlainUnpickler(pickle._Unpickler):  # the one in C takes as much memory as a forged number says
@@ -1018,11 +975,9 @@ RELATIONS = {"left of": ("x", -1), "right of": ("x", 1), "above": ("y", -1), "be
 
 
 class Thing(NamedTuple):
-    """One object of a scene: centre and side as parts of the image's side."""
-
     color: str
     shape: str
-    x: float
+    x: float  # of its centre; all lengths are parts of the image's side
     y: float
     side: float
 
@@ -1050,37 +1005,29 @@ def make_shapes(folder: Path, scenes: int, set_name: str, show: bool = True) -> 
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # left by a killed run
     (part / "images").mkdir(parents=True)
-    texts: set[str] = set()
-    for split in ("train", "val", "test"):
-        rows = _shapes_split(part, split, scenes if split == "train" else min(2000, scenes), set_name, show)
-        (part / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        texts.update(text for row in rows if split == "train" for text in row["expressions"])
+    rows: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
+    for split, of_split in rows.items():
+        training, scene = split == "train", 0
+        wanted, counts = (scenes, COUNTS[set_name][0]) if training else (min(2000, scenes), COUNTS[set_name][1])
+        bar = tqdm(total=wanted, desc=f"drawing {split}", disable=None if show else True, leave=False)
+        while (scene if training else len(of_split)) < wanted:
+            rng = random.Random(f"shapes/{split}/{scene}")  # every scene has a seed of its own
+            image, things = draw_scene(rng, counts)
+            name = f"{split}_{scene:05d}.jpg"
+            image.save(part / "images" / name, quality=92, subsampling=0)
+            new = _shapes_rows(things, name, set_name == "shapes-grec", rng)
+            of_split += new if training else [{**row, "expressions": row["expressions"][:1]} for row in new]
+            scene += 1
+            bar.update(1 if training else len(new))
+        bar.close()
+        lines = [json.dumps(row) + "\n" for row in (of_split if training else of_split[:wanted])]
+        (part / f"{split}.jsonl").write_text("".join(lines))
     # 160 pieces are enough for every word of the phrases to be one piece.
     options = {"model_type": "bpe", "vocab_size": 160, "hard_vocab_limit": False, "minloglevel": 2}
-    model = io.BytesIO()
+    model, texts = io.BytesIO(), {text for row in rows["train"] for text in row["expressions"]}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sorted(texts)), model_writer=model, **options)
     (part / "shapes.spm").write_bytes(model.getvalue())
     part.rename(folder)
-
-
-def _shapes_split(folder: Path, split: str, wanted: int, set_name: str, show: bool) -> list[dict]:
-    """Draw the images of one split and return its rows: `wanted` scenes of train, expressions of val and test."""
-    rows: list[dict] = []
-    number, counts = 0, COUNTS[set_name][split != "train"]
-    bar = tqdm(total=wanted, desc=f"drawing {split}", disable=None if show else True, leave=False)
-    while (number if split == "train" else len(rows)) < wanted:
-        rng = random.Random(f"shapes/{split}/{number}")  # every scene has a seed of its own
-        image, things = draw_scene(rng, counts)
-        name = f"{split}_{number:05d}.jpg"
-        image.save(folder / "images" / name, quality=92, subsampling=0)
-        new = _shapes_rows(things, name, set_name == "shapes-grec", rng)
-        if split != "train":
-            new = [{**row, "expressions": row["expressions"][:1]} for row in new]
-        rows += new
-        number += 1
-        bar.update(1 if split == "train" else len(new))
-    bar.close()
-    return rows if split == "train" else rows[:wanted]
 
 
 def draw_scene(rng: random.Random, counts: Sequence[int]) -> tuple[Image.Image, list[Thing]]:
@@ -1140,25 +1087,21 @@ def phrases(things: list[Thing], kind: str) -> list[tuple[str, list[int]]]:
     Groups without any thing are named as well: in gREC they are the expressions without a target.
     """
     groups = []
-    for color in (None, *COLORS):
-        for shape in (None, *SHAPES):
-            words = " ".join(filter(None, (color, shape or "object")))
-            members = [i for i, t in enumerate(things) if color in (None, t.color) and shape in (None, t.shape)]
-            groups.append((words, members))
-    if kind == "attribute":
-        return [(f"the {words}", members) for words, members in groups if words != "object"]
+    for color, shape in product((None, *COLORS), (None, *SHAPES)):
+        members = [i for i, t in enumerate(things) if color in (None, t.color) and shape in (None, t.shape)]
+        groups.append((" ".join(filter(None, (color, shape or "object"))), members))
     found = []
-    if kind == "superlative":
-        for words, members in groups:
-            for name, (what, sign, margin) in SUPERLATIVES.items():
-                order = sorted(members, key=lambda i: -sign * getattr(things[i], what))
-                values = [getattr(things[i], what) for i in order[:2]]
-                if len(order) != 1 and (not order or abs(values[0] - values[1]) > margin):
-                    found.append((f"the {name} {words}", order[:1]))
-        return found
-    anchors = [(words, members[0]) for words, members in groups if len(members) == 1 and " " in words]
-    for anchor_words, anchor in anchors:
-        for words, members in groups:
+    if kind == "attribute":
+        found = [(f"the {words}", members) for words, members in groups if words != "object"]
+    elif kind == "superlative":
+        for (words, members), (name, (what, sign, margin)) in product(groups, SUPERLATIVES.items()):
+            order = sorted(members, key=lambda i: -sign * getattr(things[i], what))
+            values = [getattr(things[i], what) for i in order[:2]]
+            if not order or len(order) > 1 and abs(values[0] - values[1]) > margin:
+                found.append((f"the {name} {words}", order[:1]))
+    else:
+        anchors = [(words, members[0]) for words, members in groups if len(members) == 1 and " " in words]
+        for (anchor_words, anchor), (words, members) in product(anchors, groups):
             others = [i for i in members if i != anchor]
             for name, (what, sign) in RELATIONS.items():
                 offsets = [sign * (getattr(things[i], what) - getattr(things[anchor], what)) for i in others]
@@ -1169,25 +1112,6 @@ def phrases(things: list[Thing], kind: str) -> list[tuple[str, list[int]]]:
 
 
 # -------------------------------------------------------------------------------------------------- the program
-
-
-def main() -> None:
-    args = parse_arguments()
-    if args.job == "convert":
-        convert(args.sources, args.to, args.published)
-        return
-    if args.job == "show":
-        file = Path(args.save)
-        if file.suffix not in (".png", ".jpg") or file.is_dir() or not file.absolute().parent.is_dir():
-            raise InputError(f"--save {file}: expected a file that ends in .png or .jpg, in a folder that is there")
-        if not 1 <= args.n <= 600:
-            raise InputError(f"-n {args.n}: expected 1 to 600 examples")
-    config = load_config(args.config, args.set)
-    make_embedded_set(config["data"])
-    if args.job == "check":
-        check(config, args.split or ["train", *config["data"]["eval_splits"]], args.images)
-    else:
-        show(config, args.split, args.n, args.save)
 
 
 CONVERT = """Annotations of other projects, checked row by row, to JSON Lines, one file a split. The layout is told by
@@ -1202,8 +1126,7 @@ def parse_arguments() -> argparse.Namespace:
     job = jobs.add_parser("convert", help="other layouts to JSON Lines", description=CONVERT)
     job.add_argument("sources", nargs="+", metavar="FILE", help="annotation files, told apart by name and content")
     job.add_argument("--to", required=True, metavar="PATTERN", help="such as data/annotations/mine/{split}.jsonl")
-    sets = f"compare sizes with those published: {', '.join(PUBLISHED)}"
-    job.add_argument("--published", choices=PUBLISHED, metavar="SET", help=sets)
+    job.add_argument("--published", choices=PUBLISHED, help="compare sizes with those that the authors published")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", required=True, metavar="FILE:NAME", help="such as configs.json:refcoco")
     keys = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
@@ -1216,6 +1139,24 @@ def parse_arguments() -> argparse.Namespace:
     job.add_argument("-n", type=int, default=16, help="number of examples (default: 16)")
     job.add_argument("--save", default="examples.png", metavar="FILE", help="default: examples.png")
     return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.job == "convert":
+        return convert(args.sources, args.to, args.published)
+    if args.job == "show":  # before the config, because that may draw the embedded set
+        file = Path(args.save)
+        if file.suffix not in (".png", ".jpg") or file.is_dir() or not file.absolute().parent.is_dir():
+            raise InputError(f"--save {file}: expected a file that ends in .png or .jpg, in a folder that is there")
+        if not 1 <= args.n <= 600:
+            raise InputError(f"-n {args.n}: expected 1 to 600 examples")
+    config = load_config(args.config, args.set)
+    make_embedded_set(config["data"])
+    if args.job == "check":
+        check(config, args.split or ["train", *config["data"]["eval_splits"]], args.images)
+    else:
+        show(config, args.split, args.n, args.save)
 
 
 class InputError(ValueError):
