@@ -413,6 +413,8 @@ def _row(row: dict, where: str, settings: dict) -> Row:
         size = None  # then the boxes are checked once the image is opened
     elif not all(type(side) is int and side > 0 for side in size):
         raise InputError(f"width and height must be positive integers, not {brief(size)}")
+    if not isinstance(row["boxes"], list) or not all(isinstance(each, list) for each in row["boxes"]):
+        raise InputError(f'"boxes" must be a list of boxes [x, y, w, h], [] for no target, not {brief(row["boxes"])}')
     of_each = [each == [] or isinstance(each, list) and isinstance(each[0], list) for each in row["boxes"]]
     if any(of_each) and (not all(of_each) or len(of_each) != len(expressions)):
         raise InputError('"boxes" must be one list of [x, y, w, h], or one such list for each expression')
@@ -513,7 +515,7 @@ def check_files(rows: Sequence[Row], decode: bool = False, faults: list[InputErr
 
 # The values that a key may hold: a type (lists and objects hold strings), (low, high) for a number between them, an
 # integer where they are integers, or a list of such pairs for a list of as many numbers (one pair: of any length).
-POSITIVE, COUNT = (1, 1_000_000), (0, 2**63 - 1)
+POSITIVE, NATURAL = (1, 1_000_000), (0, 2**63 - 1)
 KEYS: dict[str, type | tuple | list] = {
     "data.annotations": str,  # path of the rows: JSON Lines with {split} in the name, or an official .json of all
     "data.images": str,  # folder of the images, or a pattern such as folder/{:012d}.jpg where rows hold image numbers
@@ -522,9 +524,9 @@ KEYS: dict[str, type | tuple | list] = {
     "data.max_tokens": (3, 1022),  # tokens of an expression with <s> and </s>, the rest is cut; BEiT-3 takes 1,022
     "data.jitter": [(0.01, 100.0)] * 2,  # smallest and largest scale of the jitter in training; null leaves it out
     "data.eval_splits": list,  # splits to evaluate; the first one is also evaluated while training, to choose best.pt
-    "data.workers": COUNT,  # loader processes of each rank; 0 loads in the main process
+    "data.workers": NATURAL,  # loader processes of each rank; 0 loads in the main process
     "data.generate": str,  # draw an embedded set on first use, "shapes" or "shapes-grec"; "" draws none
-    "data.scenes": COUNT,  # number of training scenes of that set
+    "data.scenes": NATURAL,  # number of training scenes of that set
 }
 # The keys of `model` are explained at SimVG.__init__ in model.py, those of `train` at the head of train.py.
 for section, names, allowed in (
@@ -533,7 +535,7 @@ for section, names, allowed in (
     ("model", "drop_path dropout", (0.0, 0.999999)),
     ("model", "as_released", bool),
     ("train", "epochs batch_size micro_batch evaluate_every", POSITIVE),
-    ("train", "seed warmup_epochs evaluate_from", COUNT),
+    ("train", "seed warmup_epochs evaluate_from", NATURAL),
     ("train", "lr lr_encoder eps weight_decay decay_factor ema_decay", (0.0, 1.0)),
     ("train", "betas", [(0.0, 0.999999)] * 2),
     ("train", "decay_epochs", [POSITIVE]),
@@ -613,8 +615,10 @@ def check_config(config: dict, where: str) -> None:
             raise InputError(f"{where}: model.{key}={model[key]}: expected a multiple of {divisor}")
     if "{split}" not in annotations and not annotations.endswith(".json"):
         raise InputError(f"data.annotations={brief(annotations)}: expected {{split}} in the name, or an official .json")
-    if generate not in ("", *COUNTS):
-        raise InputError(f"data.generate={brief(generate)}: there are: {', '.join(COUNTS)}")
+    if config["train"]["amp"] not in ("", "bf16", "fp16"):
+        raise InputError(f'{where}: train.amp must be "" (float32), "bf16" or "fp16", not {config["train"]["amp"]!r}')
+    if generate not in ("", *SCENE_SETS):
+        raise InputError(f"data.generate={brief(generate)}: there are: {', '.join(SCENE_SETS)}")
 
 
 def _set(config: dict, where: str, key: str, value: object) -> None:
@@ -624,8 +628,10 @@ def _set(config: dict, where: str, key: str, value: object) -> None:
     section, _, leaf = key.partition(".")
     fits, wanted = _check(value, KEYS[key])
     if not fits and not (value is None and key in OPTIONAL):
+        wanted += " or null" if key in OPTIONAL else ""
         raise InputError(f"{where}: {key} must be {wanted}, not {brief(value)}")
-    config[section][leaf] = float(value) if wanted.startswith("a number") and value is not None else value
+    is_float = isinstance(KEYS[key], tuple) and isinstance(KEYS[key][0], float)
+    config[section][leaf] = float(value) if is_float and value is not None else value
 
 
 def _check(value: object, allowed: type | tuple | list) -> tuple[bool, str]:
@@ -641,7 +647,7 @@ def _check(value: object, allowed: type | tuple | list) -> tuple[bool, str]:
         return fits and all(_check(each, allowed[0])[0] for each in value), wanted
     texts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [str(value)]
     fits = isinstance(value, allowed) and value != [] and all(isinstance(v, str) and v.isprintable() for v in texts)
-    return fits, {bool: "true or false", str: "a string", list: "a list of strings", dict: "an object"}[allowed]
+    return fits, {bool: "true or false", str: "a string", list: 'a list such as ["val"]', dict: "an object"}[allowed]
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -875,6 +881,10 @@ def _items(path: Path) -> tuple[Iterable[tuple[str, str | None, object]], COCO |
         raise InputError(f"{path}: holds no rows of a known layout")
     beside = path.parent / "instances.json"
     refers = isinstance(content[0], dict) and "ref_id" in content[0]
+    first: dict[str, int] = {}  # the row of each ref_id
+    for i, ref in enumerate(content if refers else ()):
+        if isinstance(ref, dict) and first.setdefault(str(ref.get("ref_id")), i) != i:
+            raise InputError(f"{path}: row {i}: ref_id {brief(ref.get('ref_id'))} repeats")
     rows = ((f"{path}: row {i}", None, row) for i, row in enumerate(content))
     return rows, _coco(beside, read_json(beside)) if refers else None
 
@@ -966,7 +976,7 @@ COLORS = dict(red="d62728", green="2ca02c", blue="1f50c8", yellow="f0d228", purp
 SHAPES = ("circle", "ring", "triangle", "cross")
 SCENE_SIZE = 96  # pixels
 # The numbers of things in a scene of training, and of val and test. Easy scenes in training speed it up a lot.
-COUNTS = {"shapes": ((1, 2, 3, 4), (3, 4)), "shapes-grec": ((1, 2, 3), (2, 3))}
+SCENE_SETS = {"shapes": ((1, 2, 3, 4), (3, 4)), "shapes-grec": ((1, 2, 3), (2, 3))}
 KINDS = ("attribute", "superlative", "relation")
 # superlative -> what is compared, +1 for the highest or -1 for the lowest value, and by how much it must win
 SUPERLATIVES = dict(leftmost=("x", -1, 0.08), rightmost=("x", 1, 0.08), topmost=("y", -1, 0.08))
@@ -1008,7 +1018,7 @@ def make_shapes(folder: Path, scenes: int, set_name: str, show: bool = True) -> 
     rows: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
     for split, of_split in rows.items():
         training, scene = split == "train", 0
-        wanted, counts = (scenes, COUNTS[set_name][0]) if training else (min(2000, scenes), COUNTS[set_name][1])
+        wanted, counts = (scenes, SCENE_SETS[set_name][0]) if training else (min(2000, scenes), SCENE_SETS[set_name][1])
         bar = tqdm(total=wanted, desc=f"drawing {split}", disable=None if show else True, leave=False)
         while (scene if training else len(of_split)) < wanted:
             rng = random.Random(f"shapes/{split}/{scene}")  # every scene has a seed of its own

@@ -351,6 +351,7 @@ def test_a_faulty_coco_file_beside_the_refs_is_refused(change, expected, tmp_pat
 @pytest.mark.parametrize(
     ("ref", "expected"),
     [
+        ({"ref_id": 0}, "row 1: ref_id 0 repeats"),
         ({"split": "../x"}, "row 1: expected a split, as in refcoco_testA.p or in the row, not '../x'"),
         ({"sentences": 3}, "row 1"),
     ],
