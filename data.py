@@ -1123,7 +1123,8 @@ def parse_arguments() -> argparse.Namespace:
     job = jobs.add_parser("convert", help="other layouts to JSON Lines", description=CONVERT)
     job.add_argument("sources", nargs="+", metavar="FILE", help="annotation files, told apart by name and content")
     job.add_argument("--to", required=True, metavar="PATTERN", help="such as data/annotations/mine/{split}.jsonl")
-    job.add_argument("--published", choices=PUBLISHED, help="compare sizes with those that the authors published")
+    sets = f"compare sizes with those published: {', '.join(PUBLISHED)}"
+    job.add_argument("--published", choices=PUBLISHED, metavar="SET", help=sets)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", required=True, metavar="FILE:NAME", help="such as configs.json:refcoco")
     keys = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
