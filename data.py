@@ -404,8 +404,7 @@ def _row(row: dict, where: str, settings: dict) -> Row:
     if isinstance(row, dict) and {"image_id", "bbox"} <= row.keys():
         row = _official(row)
     if not isinstance(row, dict) or not {"image", "boxes"} <= row.keys():
-        has = f", not {brief(list(row))}" if isinstance(row, dict) else ""
-        raise InputError(f'expected an object with "image", "expressions" and "boxes"{has}')
+        raise InputError(f'expected an object with "image", "expressions" and "boxes", not {brief(row)}')
     expressions, kind, size = row.get("expressions"), row.get("kind", ""), (row.get("width"), row.get("height"))
     if not isinstance(expressions, list) or not expressions or not isinstance(kind, str | int):
         raise InputError('"expressions" must be a list of one or more strings, and "kind" a label')
@@ -432,10 +431,8 @@ def _official(row: dict) -> dict:
     """A row of an official instances.json in our own form."""
     boxes = [row["bbox"]]  # REC: one box for all expressions
     if "annotations" in row:  # gREC: a list of boxes for each expression, where the category -1 marks "no target"
-        boxes = [
-            [box for box, target in zip(each, targets, strict=True) if target["category_id"] != -1]
-            for each, targets in zip(row["bbox"], row["annotations"], strict=True)
-        ]
+        of_each = [zip(*each, strict=True) for each in zip(row["bbox"], row["annotations"], strict=True)]
+        boxes = [[box for box, target in pairs if target["category_id"] != -1] for pairs in of_each]
     return {**row, "image": row["image_id"], "boxes": boxes, "source": row.get("data_source")}
 
 
@@ -1136,7 +1133,8 @@ def parse_arguments() -> argparse.Namespace:
     job = jobs.add_parser("convert", help="other layouts to JSON Lines", description=CONVERT)
     job.add_argument("sources", nargs="+", metavar="FILE", help="annotation files, told apart by name and content")
     job.add_argument("--to", required=True, metavar="PATTERN", help="such as data/annotations/mine/{split}.jsonl")
-    job.add_argument("--published", choices=PUBLISHED, help="compare sizes with those that the authors published")
+    sets = f"compare sizes with those published: {', '.join(PUBLISHED)}"
+    job.add_argument("--published", choices=PUBLISHED, metavar="SET", help=sets)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", required=True, metavar="FILE:NAME", help="such as configs.json:refcoco")
     keys = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
