@@ -115,7 +115,7 @@ def main() -> None:
             try:
                 terms = train_step(state, micro_batches)
             except RuntimeError as error:
-                if "allocate" not in str(error):
+                if "allocate" not in str(error):  # what torch says when a GPU or the host has no memory left
                     raise
                 raise InputError(f"out of memory with {state.micro} examples at a time: {LESS_MEMORY}") from None
             progress |= {"step_in_epoch": step + 1, "step": progress["step"] + 1}
@@ -235,7 +235,7 @@ def evaluate_split(state: TrainState, model: models.SimVG, split: str, weights: 
     write_row(state, row | {name: round(value, 6) for name, value in figures.items()})
     if state.rank == 0:
         mean_box = evaluate.mean_box_accuracy([row[0] for row in state.rows], dataset.examples) if rec else None
-        evaluate.print_table(split, figures, evaluate.by_kind(results, dataset.examples), mean_box)
+        evaluate.print_table(f"{split} ({weights})", figures, evaluate.by_kind(results, dataset.examples), mean_box)
     return figures, results
 
 
