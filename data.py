@@ -206,7 +206,7 @@ def batches(
             if isinstance(batch, InputError):
                 raise batch
             yield batch
-    except (RuntimeError, ConnectionError) as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and not re.search("DataLoader worker|[Pp]in memory thread", str(error)):
             raise
         raise InputError("a loader process was killed: out of memory or of /dev/shm? lower data.workers") from None

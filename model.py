@@ -314,9 +314,10 @@ def initialise(model: SimVG, path: str | Path) -> str:
             weights[positions] = beit3.resize_positions(weights[positions], model.encoder.grid, beit3.OBJECT_TOKENS)
             if weights[queries].shape != fresh[queries].shape:
                 new, note = {queries}, f"; new: {queries}"
-            if args["as_released"] != model.tqg.as_released:
-                model.tqg.compute_as_released(args["as_released"])
-                note += f"; model.as_released={args['as_released']} from now on, for which these weights were made"
+            as_released = args.get("as_released", model.tqg.as_released)
+            if as_released != model.tqg.as_released:
+                model.tqg.compute_as_released(as_released)
+                note += f"; model.as_released={str(as_released).lower()} from now on, for which these weights were made"
         else:
             patch = model.encoder.patch_embed.kernel_size[0]
             encoder, unused = beit3.pretrained_weights(state, model.encoder.grid, patch)
@@ -472,8 +473,8 @@ def unpacking(path: str | Path, *passing: type[Exception]) -> Iterator[None]:
         raise
     except Exception as error:  # contents that are wrong can raise anything
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it wants to run code ({code[1]})" if code else getattr(error, "strerror", None) or f"{error!r:.200}"
-        raise CheckpointError(f"{path}: is not a whole checkpoint of the expected kind: {reason}") from None
+        reason = f"it wants to run code ({code[1]})" if code else getattr(error, "strerror", None) or f"{error!r:.90}"
+        raise CheckpointError(f"{path}: is not a checkpoint, or not a whole one: {reason}") from None
 
 
 # ------------------------------------------------------------------------------------------------ a first look

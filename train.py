@@ -113,8 +113,8 @@ def main() -> None:
             torch.manual_seed(hash((settings["seed"], progress["step"], rank)))  # dropout, drop path
             try:
                 terms = train_step(state, micro_batches)
-            except RuntimeError as error:  # CUDA says "Tried to allocate ...", a CPU "can't allocate memory"
-                if "allocate" not in str(error):
+            except RuntimeError as error:
+                if "allocate" not in str(error):  # what torch says when a GPU or the host has no memory left
                     raise
                 raise InputError(f"out of memory with {state.micro} examples at a time: {LESS_MEMORY}") from None
             progress.update(step_in_epoch=step + 1, step=progress["step"] + 1)  # counts skipped steps, too
@@ -233,9 +233,9 @@ def evaluate_split(state: TrainState, model: models.SimVG, split: str, weights: 
     row = {"split": split, "weights": weights, "epoch": progress["epoch"], "step": progress["step"]}
     write_row(state, row | {name: round(value, 6) for name, value in figures.items()})
     if state.rank == 0:
-        first = [examples[0] for examples in state.rows]  # one expression of each training row
+        groups, first = evaluate.by_kind(results, dataset.examples), [examples[0] for examples in state.rows]
         mean_box = evaluate.mean_box_accuracy(first, dataset.examples) if rec else None
-        evaluate.print_table(split, figures, evaluate.by_kind(results, dataset.examples), mean_box)
+        evaluate.print_table(f"{split} ({weights})", figures, groups, mean_box)
     return figures, results
 
 

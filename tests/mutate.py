@@ -221,7 +221,7 @@ def made() -> dict[str, dict]:
     state = train.build(config, Path("runs/mutate"), 0, 1, torch.device("cpu"))
     parts = {"model": state.model.state_dict(), "ema": {}, "config": config}
     last = {**parts, "optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict()}
-    last |= {**state.progress, "metrics": ""}
+    last |= {**state.progress, "metrics": '{"split": "train"}\n'}
     encoder = {
         f"beit3.{name.removeprefix('vis_enc.beit3.')}": value
         for name, value in official_state().items()

@@ -235,7 +235,7 @@ def test_weights_made_for_the_released_arithmetic_are_trained_with_it_and_that_i
     path, inputs = official_file(tmp_path / "official.pth"), tiny_inputs()
     loaded = models.load(path, encoder_heads=4)
     model = official_sized(as_released=False)
-    assert "model.as_released=True from now on" in models.initialise(model, path)
+    assert "model.as_released=true from now on" in models.initialise(model, path)
     images = torch.zeros(3, 3, loaded.image_size, loaded.image_size, dtype=torch.uint8)
     tokens = inputs[1].clamp(max=loaded.encoder.text_embed.num_embeddings - 1)
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_weights_made_for_the_released_arithmetic_are_trained_with_it_and_that_i
 def test_weights_made_for_the_paper_s_arithmetic_are_trained_with_it_where_the_released_one_was_set(tmp_path):
     models.save(tmp_path / "a.pt", checkpoint(tiny_model()))
     model, inputs = tiny_model(as_released=True), tiny_inputs()
-    assert "model.as_released=False from now on" in models.initialise(model, tmp_path / "a.pt")
+    assert "model.as_released=false from now on" in models.initialise(model, tmp_path / "a.pt")
     with torch.no_grad():
         assert torch.equal(model(*inputs).token_boxes, tiny_model()(*inputs).token_boxes)
 

@@ -92,7 +92,7 @@ def test_two_ranks_train_with_every_choice_of_loss_terms(grec, shapes, tmp_path)
 
 
 CHOICES = """
-import json, sys
+import json, sys, torch
 from pathlib import Path
 import data, evaluate, train
 
@@ -111,6 +111,7 @@ for factors in json.loads(choices):
     assert all(value.isfinite() for step in steps for value in step.values())
     if rank == 0:
         print("three finite steps", factors)
+torch.distributed.destroy_process_group()
 """
 
 
