@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-OBJECT_TOKENS = 1  # BEiT-3 has one; of several, the mean answers
+OBJECT_TOKENS = 1  # BEiT-3's [CLS]; if there were more, their mean would be the object token
 TEXT_POSITIONS = 1022  # of every released BEiT-3, without the two rows of its table that are never read
 
 
@@ -115,7 +115,7 @@ class BEiT3(nn.Module):
         # grows from 0 in the first layer to its full rate in the last; for `large` that is 0 (D10)
         rates = torch.tensor([drop_path * i / max(layers - 1, 1) for i in range(layers)])
         self.register_buffer("drop_rates", rates, persistent=False)
-        self.drops = drop_path > 0
+        self.drops = drop_path > 0  # a Python bool, because reading the buffer would wait for the device
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.checkpointing = False  # recompute each layer in the backward pass
         self.reset_parameters()

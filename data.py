@@ -143,7 +143,7 @@ class Tokenizer:
 
 
 def clean(text: str) -> str:
-    """The official cleaning: lower case, punctuation is dropped, - and / become blanks."""
+    """The official cleaning: lower case, punctuation is dropped, - and / become spaces."""
     return re.sub(r"[.,'!?\"()*#:;]", "", text.lower()).replace("-", " ").replace("/", " ")
 
 
@@ -990,7 +990,7 @@ class Thing(NamedTuple):
 
 
 def make_embedded_set(settings: dict) -> None:
-    """Write the shapes set on first use, where the section `data` of a config asks for it and not for other files."""
+    """Draw the shapes set on first use, unless annotations or tokenizer were set to files outside its folder."""
     folder, wanted = Path(settings["annotations"]).parent, settings["scenes"]
     if not settings["generate"] or folder != Path(settings["tokenizer"]).parent:
         return

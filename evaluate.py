@@ -10,7 +10,7 @@ Acc@0.5, the share of expressions whose box has an IoU of at least 0.5 with the 
 gREC (generalised REC): any number of targets, or none; several queries. The metrics are Precision@(F1=1, IoU>=0.5), the
 share of expressions for which exactly the true boxes are found, and N-acc, the same for those without a target.
 Correct answers are counted per expression and divided once, so batch size and number of ranks change no figure (D9 in
-README.md). train.py takes load_split, load_collate, trained_branch and join_ranks from here.
+README.md). train.py starts its ranks, loads its splits and tokenizer, evaluates and draws with functions of this file.
 """
 
 import argparse
@@ -232,7 +232,7 @@ def ground(
     check_tokenizer(model, tokenizer)
     max_tokens = max_tokens or model.max_tokens or 20  # a model that was not loaded from a file knows no number
     for text in texts:
-        data.check_expression(text, "--text")
+        data.check_expression(text, "a phrase (--text)")
         seen, was_cut = tokenizer.seen(text, max_tokens)
         if was_cut:
             warnings.warn(f"{text!r} was cut, the model reads {seen!r}", stacklevel=2)

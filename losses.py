@@ -7,7 +7,7 @@
 P predictions, such as the K decoder layers, of B examples with Q queries are logits (P, B, Q, 2) and boxes
 (P, B, Q, 4). The truth is padded: targets (B, M, 4) and target_mask (B, M), True = a real box; a row that is all False
 is an example without a target. Boxes are cxcywh in 0..1; class 0 is the referred object, class 1 "no object". Sums are
-divided by counts of the *global* batch, so that ranks and micro-batches do not change the objective (D6 in README.md).
+divided by counts of the *global* batch (D6 in README.md). W_dt alone is one number per micro-batch, of all ranks.
 """
 
 import math
@@ -36,10 +36,10 @@ def iou_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """IoU and generalised IoU of cxcywh boxes a (..., 4) and b (..., 4), pair by pair; leading sizes broadcast."""
     a, b = box_convert(a, "cxcywh", "xyxy"), box_convert(b, "cxcywh", "xyxy")
     overlap = area(torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]))
-    hull = area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
+    enclosing = area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
     union = area(a[..., 2:] - a[..., :2]) + area(b[..., 2:] - b[..., :2]) - overlap
     iou = overlap / (union + EPS)
-    return iou, iou - (hull - union) / (hull + EPS)
+    return iou, iou - (enclosing - union) / (enclosing + EPS)
 
 
 def detection_loss(
@@ -62,10 +62,10 @@ def detection_loss(
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, targets: Tensor, target_mask: Tensor) -> Tensor:
     """Eq. 5: logits (P, B, Q, 2), boxes (P, B, Q, 4), targets (B, M, 4), target_mask (B, M) -> (P, B, Q) int64, the
-    number of each query's target, -1 = none. Each of the P predictions is matched by itself.
+    index in `targets` of each query's target, -1 = none. Each of the P predictions is matched on its own.
 
-    For distillation targets (B, M + Q, 4) are the truth and the boxes of the teacher, the last decoder layer. One more
-    row, (P + 1, B, Q), matches the token branch, the last prediction, to those of the teacher that have a target."""
+    Distillation: targets (B, M + Q, 4) are the truth and the last decoder layer's boxes. One more row, (P + 1, B, Q),
+    matches the token branch (the last prediction) to the boxes of those decoder queries that got a true target."""
     (P, B, Q, _), M = boxes.shape, target_mask.shape[1]
     distil = targets.shape[1] > M
     if Q == M == 1:  # REC: there is nothing to choose
@@ -91,8 +91,8 @@ def match_on_host(cost: Tensor, M: int) -> list[list[list[int]]]:
 
     every_cost = cost.tolist()  # all at once, because each trip to the host waits for the device
     result = [[matched(c, [j for j in range(M) if c[0][j] < math.inf]) for c in costs] for costs in every_cost]
-    if cost.shape[3] > M:
-        students = zip(every_cost[-1], result[-2], strict=True)
+    if cost.shape[3] > M:  # distillation: the predictions are the decoder layers, then the token branch
+        students = zip(every_cost[-1], result[-2], strict=True)  # its costs, the last decoder layer's matches
         result.append([matched(c, [M + q for q, j in enumerate(teacher) if j >= 0]) for c, teacher in students])
     return result
 
@@ -100,7 +100,7 @@ def match_on_host(cost: Tensor, M: int) -> list[list[list[int]]]:
 @torch.no_grad()
 def teacher_weight(logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor) -> Tensor:
     """W_dt of Eq. 6: the mean over matched pairs of IoU x score of the decoder's boxes; 0 without any pair (D8). logits
-    (B, Q, 2), boxes (B, Q, 4), targets (B, M, 4), matched (B, Q). One number for the batch of all ranks."""
+    (B, Q, 2), boxes (B, Q, 4), targets (B, M, 4), matched (B, Q). One number for the micro-batch of all ranks."""
     has_target = matched >= 0  # (B, Q)
     wanted = targets.gather(1, matched.clamp(min=0)[..., None].expand(-1, -1, 4))  # (B, Q, 4)
     quality = iou_giou(boxes, wanted)[0] * logits.softmax(-1)[..., 0] * has_target  # (B, Q)

@@ -67,7 +67,7 @@ class AttentionMaps(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """A DETR decoder layer, norms after the sums, without dropout on the attentions' outputs. Positions are added to
+    """A DETR decoder layer (post-norm), without dropout on the attentions' outputs. Positions are added to
     queries and keys, never to values."""
 
     def __init__(self, width: int, ffn: int, dropout: float):
@@ -102,7 +102,7 @@ class DecoderLayer(nn.Module):
 
 
 class TextGuidedQuery(nn.Module):
-    """TQG, Eq. 8: Q_tqg = MCA(Q_init, f_text + pos) + MMP(f_text) + Q_init."""
+    """TQG, Eq. 8: Q_tqg = MCA(Q_init, f_text + pos) + MMP(f_text) + Q_init; MCA: the layers, MMP: mask max pool."""
 
     def __init__(
         self, encoder_width: int, width: int, queries: int, layers: int, ffn: int, dropout: float, as_released: bool
@@ -151,7 +151,7 @@ def box_head(width: int) -> nn.Sequential:
 
 
 class DecoderBranch(nn.Module):
-    """Eq. 2: Q_decoder = MCA(IP(T_img) + pos, queries); every layer predicts, with the same heads and norm."""
+    """Eq. 2: Q_decoder = MCA(queries, IP(T_img) + pos), IP: image_proj. Every layer predicts, with shared heads."""
 
     def __init__(self, encoder_width: int, width: int, grid: int, layers: int, ffn: int, dropout: float):
         super().__init__()
@@ -173,12 +173,12 @@ class DecoderBranch(nn.Module):
 
 
 class TokenBranch(nn.Module):
-    """Eq. 3: Q_token = MLP(OP(T_obj) + queries)."""
+    """Eq. 3: Q_token = MLP(OP(T_obj) + queries), OP: object_proj."""
 
     def __init__(self, encoder_width: int, width: int):
         super().__init__()
         self.object_proj = nn.Linear(encoder_width, width)
-        self.mlp = nn.Linear(width, width)
+        self.mlp = nn.Linear(width, width)  # the paper's MLP; the released weights have one layer
         self.class_head, self.box_head = nn.Linear(width, 2), box_head(width)
 
     def forward(self, object_token: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -474,7 +474,7 @@ def unpacking(path: str | Path, *passing: type[Exception]) -> Iterator[None]:
     except Exception as error:  # contents that are wrong can raise anything
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it wants to run code ({code[1]})" if code else getattr(error, "strerror", None) or f"{error!r:.90}"
-        raise CheckpointError(f"{path}: is not a checkpoint, or not a whole one: {reason}") from None
+        raise CheckpointError(f"{path}: is not a checkpoint, or not a whole one: {reason}") from error
 
 
 # ------------------------------------------------------------------------------------------------ a first look

@@ -13,15 +13,15 @@ a resumed run is the same to the bit, because random choices depend on (seed, ep
     lr, lr_encoder        learning rates of the heads and of the pre-trained encoder, after the warm-up
     betas, eps, amsgrad, weight_decay    arguments of torch.optim.Adam
     clip_norm             a gradient with a larger L2 norm, over all weights, is scaled down to this one
-    warmup_epochs         epochs over which the rates rise, by the same amount before each epoch
-    decay_epochs, decay_factor    epochs (1, 2, ...) with which the rates change by the factor; null: a linear fall to 0
+    warmup_epochs         linear warm-up in stairs: epoch e (1, 2, ...) has the rates times e / (warmup_epochs + 1)
+    decay_epochs, decay_factor    from each of these epochs on, the rates are times the factor; null: linear fall to 0
     ema, ema_decay        whether to evaluate and keep averaged weights; the part of the average that a step keeps
     loss_decoder, loss_token_on_truth, loss_token_on_teacher    factors of the loss terms (losses.py); null: left out
     no_object_weight      weight of the class "no object" in the cross entropy
     amp                   precision of the encoder: "" (float32), "bf16" or "fp16"; the heads stay in float32
     checkpointing         save memory: recompute each encoder layer in the backward pass (activation checkpointing)
     compile               compile the encoder's layers with torch.compile
-    evaluate_every, evaluate_from    evaluate the first of data.eval_splits once in so many epochs, from this one on
+    evaluate_every, evaluate_from    evaluate the first of data.eval_splits every so many epochs, not before this one
     save_minutes          minutes between two saves of last.pt within an epoch; one more comes after every epoch
 """
 
@@ -201,15 +201,15 @@ def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float, step: int
 
 def validate(state: TrainState) -> None:
     """Evaluate the first split, with the averaged weights if there are any, and keep the best weights as best.pt."""
-    trained = {name: p.detach().clone() for name, p in state.model.named_parameters()} if state.ema else None
-    state.model.load_state_dict(state.ema or state.model.state_dict())
+    trained = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    state.model.load_state_dict(state.ema or trained)
     figures, _ = evaluate_split(state, state.model, next(iter(state.splits)))
     # As in the official code, the mean of the trained branches' accuracies decides which weights are the best.
     accuracies = [value for name, value in figures.items() if name.endswith(("_acc", "_f1"))]
     value = sum(accuracies) / len(accuracies)
     if value > state.progress["best"] and save(state, "best.pt", ema={}, figures=figures, best=value):
         state.progress["best"] = value
-    state.model.load_state_dict(trained or state.model.state_dict())
+    state.model.load_state_dict(trained)
 
 
 def report_best(state: TrainState) -> None:
