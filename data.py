@@ -414,7 +414,7 @@ def _row(row: dict, where: str, settings: dict) -> Row:
         raise InputError(f"width and height must be positive integers, not {brief(size)}")
     if not isinstance(row["boxes"], list) or not all(isinstance(each, list) for each in row["boxes"]):
         raise InputError(f'"boxes" must be a list of boxes [x, y, w, h], [] for no target, not {brief(row["boxes"])}')
-    of_each = [each == [] or isinstance(each, list) and isinstance(each[0], list) for each in row["boxes"]]
+    of_each = [each == [] or isinstance(each[0], list) for each in row["boxes"]]
     if any(of_each) and (not all(of_each) or len(of_each) != len(expressions)):
         raise InputError('"boxes" must be one list of [x, y, w, h], or one such list for each expression')
     boxes_of_each = row["boxes"] if any(of_each) else [row["boxes"]] * len(expressions)
@@ -461,7 +461,11 @@ def check_box(box: object, size: tuple[int, int] | None) -> None:
 
     What reaches out is clipped later, as in the official loader; some published sets (Visual Genome) have such boxes.
     """
-    if len(box) != 4 or not all(type(v) in (int, float) and abs(v) < 1e9 for v in box):
+    if (
+        not isinstance(box, list | tuple)
+        or len(box) != 4
+        or not all(type(v) in (int, float) and abs(v) < 1e9 for v in box)
+    ):
         raise InputError(f"a box must be [x, y, w, h] in pixels, not {brief(box)}")
     x, y, w, h = box
     width, height = size or (math.inf, math.inf)

@@ -304,7 +304,7 @@ def initialise(model: SimVG, path: str | Path) -> str:
     """Start `model` from a BEiT-3 file, a checkpoint of this project or an official SimVG .pth -> what was taken.
 
     A BEiT-3 file must fill the whole encoder, a SimVG file everything. Image positions are resized to another grid, and
-    another number of queries starts anew. `as_released` is taken over. CheckpointError: any other misfit.
+    another number of queries starts anew. `as_released=True` is taken over. CheckpointError: any other misfit.
     """
     state, fresh, new, note = read_checkpoint(path), model.state_dict(), set(), ""
     with unpacking(path):
@@ -316,8 +316,10 @@ def initialise(model: SimVG, path: str | Path) -> str:
                 new, note = {queries}, f"; new: {queries}"
             as_released = args.get("as_released", model.tqg.as_released)
             if as_released != model.tqg.as_released:
-                model.tqg.compute_as_released(as_released)
-                note += f"; model.as_released={str(as_released).lower()} from now on, for which these weights were made"
+                if not as_released:  # set by the user, whose --resume would not find it in last.pt
+                    raise CheckpointError(f"{path}: its weights were not made for model.as_released=true")
+                model.tqg.compute_as_released(True)
+                note += "; model.as_released=true from now on, for which these weights were made"
         else:
             patch = model.encoder.patch_embed.kernel_size[0]
             encoder, unused = beit3.pretrained_weights(state, model.encoder.grid, patch)

@@ -243,12 +243,10 @@ def test_weights_made_for_the_released_arithmetic_are_trained_with_it_and_that_i
     assert torch.equal(a.token_boxes, b.token_boxes) and torch.equal(a.decoder_boxes, b.decoder_boxes)
 
 
-def test_weights_made_for_the_paper_s_arithmetic_are_trained_with_it_where_the_released_one_was_set(tmp_path):
+def test_weights_made_for_the_paper_s_arithmetic_are_refused_where_the_released_one_is_set(tmp_path):
     models.save(tmp_path / "a.pt", checkpoint(tiny_model()))
-    model, inputs = tiny_model(as_released=True), tiny_inputs()
-    assert "model.as_released=false from now on" in models.initialise(model, tmp_path / "a.pt")
-    with torch.no_grad():
-        assert torch.equal(model(*inputs).token_boxes, tiny_model()(*inputs).token_boxes)
+    with pytest.raises(models.CheckpointError, match="not made for model.as_released=true"):
+        models.initialise(tiny_model(as_released=True), tmp_path / "a.pt")
 
 
 def test_official_files_imply_beit3_s_tokenizer_and_own_ones_tell_theirs(tmp_path):
