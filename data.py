@@ -19,7 +19,6 @@ from __future__ import annotations  # so that classes may be named above the pla
 
 import argparse
 import difflib
-import fcntl
 import hashlib
 import io
 import json
@@ -28,7 +27,6 @@ import os
 import pickle
 import random
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -76,6 +74,7 @@ class Dataset:
 
     def __init__(self, rows: Sequence[Row], image_size: int, seed: int = 0, jitter: Sequence[float] | None = None):
         self.rows, self.image_size, self.seed, self.jitter = rows, image_size, seed, jitter
+        self.read: tuple = (None, None)  # the image that was read last, as evaluation asks for its expressions in a row
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,7 +89,9 @@ class Dataset:
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         row = self.rows[index]
         example = row[rng.randrange(len(row))]  # each epoch trains on one expression of the row
-        image = read_image(example.image, example.size, example.where)  # (3, H, W)
+        if self.read[0] != (example.image, example.size):
+            self.read = (example.image, example.size), read_image(example.image, example.size, example.where)
+        image = self.read[1]  # (3, H, W)
         boxes = clip_boxes(example.boxes, image.shape[2], image.shape[1])  # (n, 4) xyxy pixels
         if self.jitter:
             image, boxes = large_scale_jitter(image, boxes, self.jitter, self.image_size, rng)
@@ -98,13 +99,6 @@ class Dataset:
         height, width = image.shape[1:]
         boxes = box_convert(boxes, "xyxy", "cxcywh") / torch.tensor([width, height, width, height])  # (n, 4)
         return resize(image, self.image_size, self.image_size), example.expression, boxes.float(), index
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list | InputError:
-        """What a DataLoader calls. It would add a traceback to an InputError that is raised here, so it is returned."""
-        try:
-            return [self[key] for key in keys]
-        except InputError as error:
-            return error
 
 
 class Tokenizer:
@@ -148,14 +142,12 @@ def clean(text: str) -> str:
 
 
 class Collate:
-    """A list of examples -> Batch. An InputError in their place is handed on."""
+    """A list of examples -> Batch."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
 
-    def __call__(self, examples: list | InputError) -> Batch | InputError:
-        if isinstance(examples, InputError):
-            return examples
+    def __call__(self, examples: list) -> Batch:
         images, expressions, boxes, index = zip(*examples, strict=True)
         counts = torch.tensor([len(each) for each in boxes])  # (B,)
         padded = torch.zeros(len(boxes), max(1, counts.max().item()), 4)  # (B, M, 4); M is 1 where there is no box
@@ -198,14 +190,13 @@ def batches(
     options |= {"pin_memory": pin, "generator": torch.Generator()}  # else it would draw from the global generator
     loader = DataLoader(dataset, batch_sampler=keys, collate_fn=collate, **options)
     try:
-        handler = signal.getsignal(signal.SIGCHLD)
         iterator = iter(loader)
-        with suppress(ValueError):  # torch's handler, of the main thread only, would raise amid a step if a worker dies
-            signal.signal(signal.SIGCHLD, handler)
-        for batch in iterator:
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
+        # If a worker dies, torch's handler would raise amid a step. Other threads have none, and Windows no SIGCHLD.
+        with suppress(ValueError, AttributeError):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from iterator
+    except InputError as error:  # a worker's ends a traceback, whose line breaks InputError has escaped
+        raise InputError(str(error).rpartition("InputError: ")[2].removesuffix("\\n")) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and not re.search("DataLoader worker|[Pp]in memory thread", str(error)):
             raise
@@ -214,7 +205,8 @@ def batches(
 
 def _leave_group(worker: int) -> None:
     """Let the main process decide when to stop: Ctrl-C and torchrun signal its whole group, which a worker leaves."""
-    os.setpgid(0, 0)
+    with suppress(AttributeError):  # Windows has no groups
+        os.setpgid(0, 0)
     sys.excepthook = lambda *_: None  # for the thread that hands tensors over, when the main process is gone
 
 
@@ -671,15 +663,10 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
         check_files(rows, decode, faults)
         examples = expand(rows)
         distinct = {(each.image, each.expression, each.boxes) for each in examples}
-        cut = (tokenizer.seen(each.expression, settings["max_tokens"])[1] for each in examples)
-        over_the_edge = 0  # by more than 2 pixels
-        for each in examples:
-            width, height = each.size or (math.inf, math.inf)
-            over_the_edge += any(min(x, y) < -2 or x + w > width + 2 or y + h > height + 2 for x, y, w, h in each.boxes)
         table[split] = counts(rows) | {
             "- repeated for the same boxes": len(examples) - len(distinct),
-            "- too long, so cut": sum(cut),
-            "- with a box over the image's edge": over_the_edge,
+            "- too long, so cut": sum(tokenizer.seen(each.expression, settings["max_tokens"])[1] for each in examples),
+            "- with a box over the image's edge": sum(map(_over_the_edge, examples)),
             "faults": len(faults) - before,
         }
     print_table(table)
@@ -689,6 +676,12 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
     print(*faults[:20], sep="\n", end="\n" if faults else "")
     if faults:
         raise InputError(f"{len(faults):,} faults" + (", the first 20 are above" if len(faults) > 20 else ""))
+
+
+def _over_the_edge(example: Example) -> bool:
+    """Whether a box reaches out of the image by more than 2 pixels."""
+    width, height = example.size or (math.inf, math.inf)
+    return any(min(x, y) < -2 or x + w > width + 2 or y + h > height + 2 for x, y, w, h in example.boxes)
 
 
 def counts(rows: Sequence[Row]) -> dict[str, int]:
@@ -774,21 +767,6 @@ LAYOUTS = (
 )
 PLURAL = ("expressions", "boxes", "boxes_xyxy")  # these keys hold a list, the others one expression or one box
 SPLITS = {split.lower(): split for split in ("train", "val", "test", "testA", "testB", "trainval")}
-# The sizes of the authors' files: expressions and images; in gRefCOCO also expressions with no, one, several targets.
-PUBLISHED = {
-    "refcoco": {"train": (120624, 16994), "val": (10834, 1500), "testA": (5657, 750), "testB": (5095, 750)},
-    "refcoco+": {"train": (120191, 16992), "val": (10758, 1500), "testA": (5726, 750), "testB": (4889, 750)},
-    "refcocog-umd": {"train": (80512, 21899), "val": (4896, 1300), "test": (9602, 2600)},
-    "refcocog-google": {"train": (85474, 24698), "val": (9536, 4650)},
-    "referit": {"train": (54127, 9000), "val": (5842, 1000), "test": (60103, 10000)},
-    "flickr30k": {"train": (427193, 29783), "val": (14433, 1000), "test": (14481, 999)},
-    "grefcoco": {
-        "train": (209344, 16994, 19140, 120624, 69580),
-        "val": (14229, 1501, 8905, 0, 5324),
-        "testA": (19200, 750, 4448, 5917, 8835),
-        "testB": (16063, 750, 4673, 5646, 5744),
-    },
-}
 
 
 def convert(sources: Sequence[str], to: str, published: str | None) -> None:
@@ -797,7 +775,9 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
     In the training split the expressions of one object (in gRefCOCO: of one image) share a row, since a training
     epoch draws one of them; in the others every expression has its own row. None is dropped, not even repeats.
     """
-    folder = Path(to).parent
+    folder, known = Path(to).parent, read_json(Path(__file__).with_name("configs.json"))["published-sizes"]
+    if published and published not in known:
+        raise InputError(f"--published {published}: there are: {', '.join(known)}")
     if "{split}" not in Path(to).name:
         raise InputError(f"--to {to}: expected {{split}} in the name, such as data/annotations/refcoco/{{split}}.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
@@ -829,11 +809,10 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
             written.replace(folder / written.name)
     table = {split: counts(list(rows.values())) for split, rows in splits.items()}
     print_table(table)
-    figures = ("expressions", "images", "- without a target", "- with one", "- with several")
-    for split in [split for split in table if split in PUBLISHED.get(published or "", {})]:
-        sizes = zip(figures, PUBLISHED[published][split], strict=False)  # only gRefCOCO has more than two
-        differences = (f"{name.strip('- ')} {table[split][name] - size:+,}" for name, size in sizes)
-        print(f"{split} less the published sizes: {', '.join(differences)}")
+    for split, sizes in known.get(published, {}).items():
+        if split in table:
+            differences = (f"{name.strip('- ')} {table[split][name] - size:+,}" for name, size in sizes.items())
+            print(f"{split} less the published sizes: {', '.join(differences)}")
     print("\n".join(to.replace("{split}", split) for split in splits))
     if shared:
         print(f"image names start inside {shared}, the folder that all share")
@@ -949,26 +928,12 @@ class _PlainUnpickler(pickle._Unpickler):  # the one in C takes as much memory a
     """Reads containers, numbers, strings and numpy arrays. Whatever else a pickle wants to call is refused."""
 
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) == ("_codecs", "encode"):
-            return str.encode
-        if module.startswith("numpy") and name in ("ndarray", "dtype", "_reconstruct"):
-            return _Numpy
+        numbers = {kind: np.dtype(kind) for kind in ("i4", "i8", "f4", "f8")}  # numpy would crash on some forged types
+        allowed = {"ndarray": np.ndarray, "dtype": lambda kind, *_: numbers[kind], "encode": str.encode}
+        allowed |= {"_reconstruct": np._core.multiarray._reconstruct}
+        if module.startswith(("numpy", "_codecs")) and name in allowed:
+            return allowed[name]
         raise pickle.UnpicklingError(f"it would call {module}.{name}")
-
-
-class _Numpy:
-    """A pickled array or dtype. numpy itself would take any state for it, and a forged one crashes the process."""
-
-    def __init__(self, *made: object):
-        self.made = made
-
-    def __setstate__(self, state: tuple) -> None:
-        self.state = state
-
-    def __iter__(self) -> Iterator[float]:
-        _, _, dtype, _, content = self.state
-        plain = {name: name for name in ("<i4", "<i8", "<f4", "<f8")}[dtype.state[1] + dtype.made[0]]
-        return iter(np.frombuffer(content, plain).tolist())
 
 
 # ------------------------------------------------------------------------------------- the embedded shapes set
@@ -999,11 +964,7 @@ def make_embedded_set(settings: dict) -> None:
     if not settings["generate"] or folder != Path(settings["tokenizer"]).parent:
         return
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of two first starts at once the second waits, and finds the set
-            if not folder.exists():
-                make_shapes(folder, wanted, settings["generate"])
+        make_shapes(folder, wanted, settings["generate"])
     if (scenes := len(list((folder / "images").glob("train_*.jpg")))) != wanted:
         raise InputError(f"{folder}: holds a set of {scenes} scenes, not data.scenes={wanted}; remove it first")
 
@@ -1013,9 +974,16 @@ def make_shapes(folder: Path, scenes: int, set_name: str, show: bool = True) -> 
 
     `scenes` are those of train; val and test hold 2,000 expressions (fewer with few scenes).
     """
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # left by a killed run
-    (part / "images").mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        _draw_set(Path(scratch) / "set", scenes, set_name, show)
+        if not folder.exists():  # another process may have been faster
+            (Path(scratch) / "set").rename(folder)
+
+
+def _draw_set(folder: Path, scenes: int, set_name: str, show: bool) -> None:
+    """The files of `make_shapes`."""
+    (folder / "images").mkdir(parents=True)
     rows: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
     for split, of_split in rows.items():
         training, scene = split == "train", 0
@@ -1025,20 +993,19 @@ def make_shapes(folder: Path, scenes: int, set_name: str, show: bool = True) -> 
             rng = random.Random(f"shapes/{split}/{scene}")  # every scene has a seed of its own
             image, things = draw_scene(rng, counts)
             name = f"{split}_{scene:05d}.jpg"
-            image.save(part / "images" / name, quality=92, subsampling=0)
+            image.save(folder / "images" / name, quality=92, subsampling=0)
             new = _shapes_rows(things, name, set_name == "shapes-grec", rng)
             of_split += new if training else [{**row, "expressions": row["expressions"][:1]} for row in new]
             scene += 1
             bar.update(1 if training else len(new))
         bar.close()
         lines = [json.dumps(row) + "\n" for row in (of_split if training else of_split[:wanted])]
-        (part / f"{split}.jsonl").write_text("".join(lines))
+        (folder / f"{split}.jsonl").write_text("".join(lines))
     # 160 pieces are enough for every word of the phrases to be one piece.
     options = {"model_type": "bpe", "vocab_size": 160, "hard_vocab_limit": False, "minloglevel": 2}
     model, texts = io.BytesIO(), {text for row in rows["train"] for text in row["expressions"]}
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sorted(texts)), model_writer=model, **options)
-    (part / "shapes.spm").write_bytes(model.getvalue())
-    part.rename(folder)
+    (folder / "shapes.spm").write_bytes(model.getvalue())
 
 
 def draw_scene(rng: random.Random, counts: Sequence[int]) -> tuple[Image.Image, list[Thing]]:
@@ -1137,8 +1104,7 @@ def parse_arguments() -> argparse.Namespace:
     job = jobs.add_parser("convert", help="other layouts to JSON Lines", description=CONVERT)
     job.add_argument("sources", nargs="+", metavar="FILE", help="annotation files, told apart by name and content")
     job.add_argument("--to", required=True, metavar="PATTERN", help="such as data/annotations/mine/{split}.jsonl")
-    sets = f"compare sizes with those published: {', '.join(PUBLISHED)}"
-    job.add_argument("--published", choices=PUBLISHED, metavar="SET", help=sets)
+    job.add_argument("--published", metavar="SET", help="compare sizes with those published, such as refcoco")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", required=True, metavar="FILE:NAME", help="such as configs.json:refcoco")
     keys = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
