@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 OBJECT_TOKENS = 1  # BEiT-3's [CLS]; if there were more, their mean would be the object token
 TEXT_POSITIONS = 1022  # of every released BEiT-3, without the two rows of its table that are never read
+# The number of words of its tokenizer beit3.spm, and `data.Tokenizer.digest` of it (the file's sha256 is 6f5e2fef...).
+WORDS, TOKENIZER = 64010, "33a8c42624e4c1e48442905d5473f333b86adf81ac151fa426b755400b3df8b0"
 
 
 class Expert(nn.Module):
@@ -177,6 +179,13 @@ class BEiT3(nn.Module):
         keep = 1 - self.drop_rates[:, None, None, None, None]  # (layers, 1, 1, 1, 1)
         return torch.bernoulli(keep.expand(-1, 2, batch, 1, 1)) / keep
 
+    def keep_in_16_bits(self, amp: torch.dtype) -> None:
+        """Store the matrices in the precision that autocast would cast them to in every call. For inference with this
+        `amp`; the answers stay the same."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(amp)
+
 
 def sine_1d(length: int, width: int, one_frequency: bool = False) -> Tensor:
     """1-D absolute sine positions (length, width): sin on even, cos on odd columns, temperature 10000.
@@ -203,63 +212,52 @@ def sine_2d(grid: int, width: int) -> Tensor:
 
 # ---------------------------------------------------------------------------------- BEiT-3 checkpoint files
 
-_LAYER_NAMES = {
-    "self_attn_layer_norm": "attn_norm",
-    "self_attn.q_proj": "q",
-    "self_attn.k_proj": "k",
-    "self_attn.v_proj": "v",
-    "self_attn.inner_attn_ln": "inner_norm",
-    "self_attn.out_proj": "out",
-    "final_layer_norm": "ffn_norm",  # in spite of its name the norm *before* the feed-forward network
-    "ffn.fc1": "fc1",
-    "ffn.ffn_layernorm": "hidden_norm",
-    "ffn.fc2": "fc2",
-}
-_EXPERTS = {"A": "image", "B": "text"}
-_OUTER_NAMES = {
-    "text_embed.weight": "text_embed.weight",
-    "vision_embed.cls_token": "object_token",
-    "vision_embed.proj.weight": "patch_embed.weight",
-    "vision_embed.proj.bias": "patch_embed.bias",
-    "encoder.embed_positions.A.weight": "image_positions",
-    "encoder.embed_positions.B.weight": "text_positions",
-    "encoder.layer_norm.A.weight": "image_norm.weight",
-    "encoder.layer_norm.A.bias": "image_norm.bias",
-    "encoder.layer_norm.B.weight": "text_norm.weight",
-    "encoder.layer_norm.B.bias": "text_norm.bias",
+# Names in BEiT-3's files -> names here: regular expressions, applied one after the other. What stands before stays.
+_NAMES = {
+    r"vision_embed\.cls_token": "object_token",
+    r"vision_embed\.proj": "patch_embed",
+    r"encoder\.embed_positions\.A\.weight": "image_positions",
+    r"encoder\.embed_positions\.B\.weight": "text_positions",
+    r"encoder\.layer_norm\.A": "image_norm",
+    r"encoder\.layer_norm\.B": "text_norm",
+    # A marks the image expert and B the text expert, as in self_attn.q_proj.A.weight and ffn.A.fc1.weight
+    r"encoder\.(layers\.\d+)\.(.+)\.A\b": r"\1.image.\2",
+    r"encoder\.(layers\.\d+)\.(.+)\.B\b": r"\1.text.\2",
+    r"self_attn_layer_norm": "attn_norm",
+    r"self_attn\.([qkv])_proj": r"\1",
+    r"self_attn\.inner_attn_ln": "inner_norm",
+    r"self_attn\.out_proj": "out",
+    r"final_layer_norm": "ffn_norm",  # in spite of its name the norm *before* the feed-forward network
+    r"ffn\.ffn_layernorm": "hidden_norm",
+    r"ffn\.(fc[12])": r"\1",
 }
 UNUSED = "vision_embed.mask_token"  # the only tensor of a BEiT-3 encoder that grounding never reads
 
 
-def convert(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of BEiT-3 (names without the `beit3.` prefix) under this file's names; KeyError on an unknown name."""
-    ours = {}
-    for name, value in official.items():
-        if name == UNUSED:
-            continue
-        if name.startswith("encoder.layers."):
-            # encoder.layers.0.self_attn.q_proj.A.weight, encoder.layers.0.ffn.A.fc1.weight
-            parts = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+?)\.([AB])(.*)\.(weight|bias)", name)
-            if parts is None or parts[2] + parts[4] not in _LAYER_NAMES:
-                raise KeyError(name)
-            index, before, expert, after, leaf = parts.groups()
-            ours[f"layers.{index}.{_EXPERTS[expert]}.{_LAYER_NAMES[before + after]}.{leaf}"] = value
-        elif "embed_positions" in name:
-            ours[_OUTER_NAMES[name]] = value[2:]  # fairseq starts to count at 2: the first two rows are never read
-        else:
-            ours[_OUTER_NAMES[name]] = value
-    return ours
+def from_beit3(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with BEiT-3's tensors under this file's names. Other tensors, and prefixes, stay as they are."""
+    ours = renamed({name: value for name, value in official.items() if not name.endswith(UNUSED)}, _NAMES)
+    # fairseq starts to count positions at 2: the first two rows are never read
+    return {name: value[2:] if name.endswith("_positions") else value for name, value in ours.items()}
 
 
-def pretrained_weights(state: dict, grid: int, patch: int) -> tuple[dict[str, Tensor], list[str]]:
-    """A BEiT-3 checkpoint -> the tensors of `BEiT3`, fitted to its grid and patch, and the names that are not used: the
-    mask token, and whatever lies outside the encoder, such as pre-training heads. ValueError if it holds none."""
+def renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """In every name each regular expression of `names` is replaced, one after the other."""
+    for pattern, replacement in names.items():
+        weights = {re.sub(pattern, replacement, name): value for name, value in weights.items()}
+    return weights
+
+
+def pretrained_weights(state: dict, encoder: BEiT3) -> tuple[dict[str, Tensor], list[str]]:
+    """A BEiT-3 checkpoint -> the tensors of `encoder`, fitted to its grid and patch, and the names that are not used:
+    the mask token, and whatever lies outside, such as pre-training heads. ValueError if it holds no encoder."""
     found = state.get("model") or state.get("module") or state
-    encoder = {name.removeprefix("beit3."): value for name, value in found.items() if name.startswith("beit3.")}
-    if not encoder:
+    official = {name.removeprefix("beit3."): value for name, value in found.items() if name.startswith("beit3.")}
+    if not official:
         raise ValueError("it holds neither SimVG nor BEiT-3 weights")
     unused = sorted(name for name in found if not name.startswith("beit3.") or name == f"beit3.{UNUSED}")
-    return convert(resize_pretrained(encoder, grid, patch)), unused
+    fitted = resize_pretrained(official, encoder.grid, encoder.patch_embed.kernel_size[0])
+    return from_beit3(fitted), unused
 
 
 def resize_positions(table: Tensor, grid: int, extra: int) -> Tensor:

@@ -404,7 +404,7 @@ def main() -> None:
     if args.branch and trained not in ("both", args.branch):
         raise InputError(f"--branch {args.branch}: this checkpoint's {args.branch} branch was never trained")
     if args.amp and not args.attention:  # attention maps are computed in float32
-        models.keep_in_16_bits(model, models.AMP[args.amp])
+        model.encoder.keep_in_16_bits(models.AMP[args.amp])
     if rank == 0:
         print(f"{args.ckpt}: {model.origin}")
     if args.image is None:

@@ -1,12 +1,13 @@
 """The training loss of SimVG: set loss, matching, dynamic weight-balance distillation (Sec. 3.4, Eq. 4 to 7).
 
-    total = decoder * L_det(decoder, truth)                                                        Eq. 4
+    total = decoder * L_det(decoder, targets)                                                      Eq. 4
           + token_on_teacher * W_dt * L_det(token, decoder's boxes)                                Eq. 7
-          + token_on_truth * (1 - W_dt) * L_det(token, truth)
+          + token_on_truth * (1 - W_dt) * L_det(token, targets)
 
 P predictions, such as the K decoder layers, of B examples with Q queries are logits (P, B, Q, 2) and boxes
-(P, B, Q, 4). The truth is padded: targets (B, M, 4) and target_mask (B, M), True = a real box; a row that is all False
-is an example without a target. Boxes are cxcywh in 0..1; class 0 is the referred object, class 1 "no object". Sums are
+(P, B, Q, 4), cxcywh in 0..1; class 0 is the referred object, class 1 "no object". The truth is padded: targets
+(B, M, 4) and target_mask (B, M), True = a real box; a row that is all False is an example without a target. Queries are
+matched to `candidates` (B, M [+ Q], 4): the targets, for distillation also the last decoder layer's boxes. Sums are
 divided by counts of the *global* batch (D6 in README.md). W_dt alone is one number per micro-batch, of all ranks.
 """
 
@@ -43,16 +44,16 @@ def iou_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def detection_loss(
-    logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor, norm: Tensor, no_object: float
+    logits: Tensor, boxes: Tensor, candidates: Tensor, matched: Tensor, norm: Tensor, no_object: float
 ) -> Tensor:
     """L_det of Eq. 4, summed over the P predictions: 1 cross entropy + 5 L1 + 2 (1 - GIoU). A scalar. logits
-    (P, B, Q, 2), boxes (P, B, Q, 4), targets (B, M, 4), matched (P, B, Q), norm (2,) from `step_normalisers`."""
+    (P, B, Q, 2), boxes (P, B, Q, 4), candidates (B, M [+ Q], 4), matched (P, B, Q), norm (2,) of `step_normalisers`."""
     has_target = matched >= 0  # (P, B, Q)
     # flattened, because cross entropy over a middle dimension has no deterministic CUDA kernel
     label, weight = (~has_target).long().flatten(), torch.where(has_target, 1.0, no_object).flatten()
     cross_entropy = (weight * F.cross_entropy(logits.flatten(0, 2), label, reduction="none")).sum()
     index = matched.clamp(min=0)[..., None].expand(-1, -1, -1, 4)  # (P, B, Q, 4)
-    wanted = targets.expand(len(boxes), -1, -1, -1).gather(2, index)  # (P, B, Q, 4)
+    wanted = candidates.expand(len(boxes), -1, -1, -1).gather(2, index)  # (P, B, Q, 4)
     l1 = ((boxes - wanted).abs().sum(-1) * has_target).sum()
     giou = ((1 - iou_giou(boxes, wanted)[1]) * has_target).sum()
     targets_of_step, weights_of_step = norm
@@ -60,18 +61,17 @@ def detection_loss(
 
 
 @torch.no_grad()
-def match(logits: Tensor, boxes: Tensor, targets: Tensor, target_mask: Tensor) -> Tensor:
-    """Eq. 5: logits (P, B, Q, 2), boxes (P, B, Q, 4), targets (B, M, 4), target_mask (B, M) -> (P, B, Q) int64, the
-    index in `targets` of each query's target, -1 = none. Each of the P predictions is matched on its own.
-
-    Distillation: targets (B, M + Q, 4) are the truth and the last decoder layer's boxes. One more row, (P + 1, B, Q),
-    matches the token branch (the last prediction) to the boxes of those decoder queries that got a true target."""
+def match(logits: Tensor, boxes: Tensor, candidates: Tensor, target_mask: Tensor) -> Tensor:
+    """Eq. 5: logits (P, B, Q, 2), boxes (P, B, Q, 4), candidates (B, M [+ Q], 4), target_mask (B, M) -> (P, B, Q)
+    int64, the candidate of each query, -1 = none. Each of the P predictions is matched to the targets on its own. In
+    distillation one more row, (P + 1, B, Q), matches the token branch, the last prediction, to the boxes of those
+    decoder queries that got a target."""
     (P, B, Q, _), M = boxes.shape, target_mask.shape[1]
-    distil = targets.shape[1] > M
+    distil = candidates.shape[1] > M
     if Q == M == 1:  # REC: there is nothing to choose
         matched = torch.where(target_mask, 0, -1).expand(P, B, 1)
         return torch.cat([matched, torch.where(target_mask, 1, -1)[None]]) if distil else matched
-    pairs = boxes[:, :, :, None], targets[None, :, None]  # (P, B, Q, 1, 4), (1, B, 1, M [+ Q], 4)
+    pairs = boxes[:, :, :, None], candidates[None, :, None]  # (P, B, Q, 1, 4), (1, B, 1, M [+ Q], 4)
     l1 = (pairs[0] - pairs[1]).abs().sum(-1)  # (P, B, Q, M [+ Q])
     score = logits.softmax(-1)[..., :1]  # (P, B, Q, 1)
     cost = L1 * l1 - CLASS * score - GIOU * iou_giou(*pairs)[1]
@@ -98,11 +98,11 @@ def match_on_host(cost: Tensor, M: int) -> list[list[list[int]]]:
 
 
 @torch.no_grad()
-def teacher_weight(logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor) -> Tensor:
+def teacher_weight(logits: Tensor, boxes: Tensor, candidates: Tensor, matched: Tensor) -> Tensor:
     """W_dt of Eq. 6: the mean over matched pairs of IoU x score of the decoder's boxes; 0 without any pair (D8). logits
-    (B, Q, 2), boxes (B, Q, 4), targets (B, M, 4), matched (B, Q). One number for the micro-batch of all ranks."""
+    (B, Q, 2), boxes (B, Q, 4), candidates (B, M [+ Q], 4), matched (B, Q). A scalar, the same on all ranks."""
     has_target = matched >= 0  # (B, Q)
-    wanted = targets.gather(1, matched.clamp(min=0)[..., None].expand(-1, -1, 4))  # (B, Q, 4)
+    wanted = candidates.gather(1, matched.clamp(min=0)[..., None].expand(-1, -1, 4))  # (B, Q, 4)
     quality = iou_giou(boxes, wanted)[0] * logits.softmax(-1)[..., 0] * has_target  # (B, Q)
     total, count = global_sum(torch.stack([quality.sum(), has_target.sum().float()]))
     return total / count.clamp(min=1)
@@ -118,7 +118,7 @@ def simvg_loss(
     no_object: float = NO_OBJECT,
     norm: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The total loss at the head of this file (D1); targets (B, M, 4) and target_mask (B, M) are the truth.
+    """The total loss at the head of this file (D1), with targets (B, M, 4) and target_mask (B, M).
 
     Returns scalars: `total`, its terms by their factors' names, and W_dt as `teacher_weight`. A factor of None leaves
     its term out, and a branch that no term needs may be None in `output`. Without a teacher there is no W_dt. `norm` is
@@ -130,22 +130,22 @@ def simvg_loss(
     logits, boxes = (torch.cat(each) for each in zip(*branches.values(), strict=True))  # (P, B, Q, 2), (P, B, Q, 4)
     if norm is None:
         norm = step_normalisers(count_targets(target_mask, logits.shape[2], no_object))
-    if token_on_teacher is not None:
-        targets = torch.cat([targets, output.decoder_boxes[-1].detach()], dim=1)  # (B, M + Q, 4)
-    matched = match(logits, boxes, targets, target_mask)  # (P, B, Q), for distillation (P + 1, B, Q)
-    # Decoder layers matched to the truth (K, B, Q), token branch to the truth (1, B, Q) and to the teacher (1, B, Q).
+    teacher = [] if token_on_teacher is None else [output.decoder_boxes[-1].detach()]
+    candidates = torch.cat([targets, *teacher], dim=1)  # (B, M [+ Q], 4)
+    matched = match(logits, boxes, candidates, target_mask)  # (P, B, Q), for distillation (P + 1, B, Q)
+    # Decoder layers matched to targets (K, B, Q), token branch to targets (1, B, Q) and to the teacher (1, B, Q).
     P, K = len(logits), 0 if output.decoder_logits is None else len(output.decoder_logits)
     decoder_truth, token_truth, token_teacher = matched.split([K, P - K, len(matched) - P])
 
     terms, share_of_truth, rest = {}, 1.0, (norm, no_object)
     if decoder is not None:
-        terms["decoder"] = decoder * detection_loss(*branches["decoder"], targets, decoder_truth, *rest)
+        terms["decoder"] = decoder * detection_loss(*branches["decoder"], candidates, decoder_truth, *rest)
     if token_on_teacher is not None:
-        w_dt = teacher_weight(output.decoder_logits[-1], output.decoder_boxes[-1], targets, decoder_truth[-1])
-        loss = detection_loss(*branches["token"], targets, token_teacher, *rest)
+        w_dt = teacher_weight(output.decoder_logits[-1], output.decoder_boxes[-1], candidates, decoder_truth[-1])
+        loss = detection_loss(*branches["token"], candidates, token_teacher, *rest)
         terms["token_on_teacher"], share_of_truth = token_on_teacher * w_dt * loss, 1 - w_dt
     if token_on_truth is not None:
-        loss = detection_loss(*branches["token"], targets, token_truth, *rest)
+        loss = detection_loss(*branches["token"], candidates, token_truth, *rest)
         terms["token_on_truth"] = token_on_truth * share_of_truth * loss
     terms["total"] = sum(terms.values())
     return terms if token_on_teacher is None else {**terms, "teacher_weight": w_dt}

@@ -8,16 +8,16 @@
 B batch, N image tokens, L text tokens, Q queries (1 in REC, 10 in gREC), K decoder layers, D encoder width,
 C head width, T = 1 + N + L. Boxes are cxcywh in 0..1 of the image; class 0 is "the referred object", class 1
 "no object". With `amp` only the encoder runs in 16 bits; whatever makes a box stays in float32, since a bf16 box is
-off by up to 2 pixels.
-
-This file also builds, saves and loads models.
+off by up to 2 pixels. The second half of this file loads and saves models.
 """
 
+import math
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,8 +29,6 @@ import beit3
 
 HEADS = 8  # attention heads of TQG and decoder, in every released model
 AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # the values of train.amp
-# `data.Tokenizer.digest` of beit3.spm (the file's own sha256 is 6f5e2fef...), for files that imply BEiT-3's words
-BEIT3_WORDS, BEIT3_TOKENIZER = 64010, "33a8c42624e4c1e48442905d5473f333b86adf81ac151fa426b755400b3df8b0"
 IMAGE_MEAN, IMAGE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB, 0..255
 
 
@@ -74,27 +72,19 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(width, HEADS, dropout, batch_first=True)
         self.cross_attn = nn.MultiheadAttention(width, HEADS, dropout, batch_first=True)
-        self.ffn = nn.Sequential(
-            nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn, width), nn.Dropout(dropout)
-        )
+        hidden = nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout)
+        self.ffn = nn.Sequential(*hidden, nn.Linear(ffn, width), nn.Dropout(dropout))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
 
     def forward(
-        self,
-        x: Tensor,
-        query_pos: Tensor,
-        memory: Tensor,
-        memory_pos: Tensor,
-        pad: Tensor | None = None,
-        maps: list[Tensor] | None = None,
+        self, x: Tensor, query_pos: Tensor, memory: Tensor, memory_pos: Tensor, pad: Tensor | None, maps: list | None
     ) -> Tensor:
         """x, query_pos (B, Q, C); memory (B, n, C); memory_pos (n, C); pad (B, n) True = padding -> (B, Q, C). The
         attention of each query to the memory (B, Q, n), the mean over heads, is appended to `maps`."""
         q = x + query_pos
         x = self.norms[0](x + self.self_attn(q, q, x, need_weights=False)[0])
-        attended, attention = self.cross_attn(
-            x + query_pos, memory + memory_pos, memory, key_padding_mask=pad, need_weights=maps is not None
-        )
+        q, k = x + query_pos, memory + memory_pos
+        attended, attention = self.cross_attn(q, k, memory, key_padding_mask=pad, need_weights=maps is not None)
         if maps is not None:
             maps.append(attention)
         x = self.norms[1](x + attended)
@@ -110,39 +100,32 @@ class TextGuidedQuery(nn.Module):
         super().__init__()
         self.text_proj = nn.Linear(encoder_width, width)
         self.query_embed = nn.Embedding(queries, width)
-        self.layers = nn.ModuleList(
-            DecoderLayer(width, ffn, dropout) for _ in range(layers)
-        )  # not copies (deviation D11)
+        # each layer starts by itself, not as a copy of the first (deviation D11)
+        self.layers = nn.ModuleList(DecoderLayer(width, ffn, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.register_buffer("positions", torch.empty(beit3.TEXT_POSITIONS, width), persistent=False)
-        self.compute_as_released(as_released)
-
-    def compute_as_released(self, as_released: bool) -> None:
-        """Choose the arithmetic of the released weights or that of the paper (deviations D3 and D4 of README.md)."""
-        self.as_released = as_released
-        self.positions.copy_(beit3.sine_1d(*self.positions.shape, one_frequency=as_released))
+        self.as_released = as_released  # compute as the released weights need it, not as the paper says (D3, D4)
+        paper, released = (beit3.sine_1d(beit3.TEXT_POSITIONS, width, one_frequency) for one_frequency in (False, True))
+        self.register_buffer("positions", torch.stack([paper, released]), persistent=False)  # (2, 1022, C)
 
     def forward(self, text: Tensor, text_pad: Tensor) -> Tensor:
         """text (B, L, D), text_pad (B, L) True = padding -> queries (B, Q, C)."""
         text = self.text_proj(text)  # (B, L, C)
         initial = self.query_embed.weight.expand(text.shape[0], -1, -1)  # (B, Q, C)
-        x = torch.zeros_like(initial)
+        paper, released = self.positions[:, : text.shape[1]]  # (L, C) each
+        x, positions = torch.zeros_like(initial), released if self.as_released else paper
         for layer in self.layers:
-            x = layer(x, initial, text, self.positions[: text.shape[1]], text_pad)
+            x = layer(x, initial, text, positions, text_pad, maps=None)
         return self.norm(x) + self.pool(text, text_pad)[:, None] + initial
 
     def pool(self, text: Tensor, text_pad: Tensor) -> Tensor:
         """Mask max pool, (B, L, C) -> (B, C): the maximum over the words, padding left out (D2)."""
         if self.as_released:
-            return self._pool_as_released(text, text_pad)
+            # The official mask holds integers. Used as an index, ~mask is -1 for a word and -2 for padding. It picks
+            # the last row, and the one before it where anything is padded (D3).
+            last, before = text[:, -1], text[:, -2]
+            return torch.where(text_pad.any(1, keepdim=True), torch.maximum(last, before), last)
         # max, not amax, which would share the gradient between equal maxima
         return text.masked_fill(text_pad[..., None], -torch.inf).max(dim=1).values
-
-    def _pool_as_released(self, text: Tensor, text_pad: Tensor) -> Tensor:
-        """The official mask holds integers. Used as an index, ~mask is -1 for a word and -2 for padding. It picks the
-        last row, and the one before it where anything is padded (D3)."""
-        last, before = text[:, -1], text[:, -2]
-        return torch.where(text_pad.any(1, keepdim=True), torch.maximum(last, before), last)
 
 
 def box_head(width: int) -> nn.Sequential:
@@ -166,7 +149,7 @@ class DecoderBranch(nn.Module):
         image = self.image_proj(image)  # (B, N, C)
         x, outputs = torch.zeros_like(queries), []
         for layer in self.layers:
-            x = layer(x, queries, image, self.positions, maps=maps)
+            x = layer(x, queries, image, self.positions, pad=None, maps=maps)
             outputs.append(self.norm(x))
         x = torch.stack(outputs)  # (K, B, Q, C)
         return self.class_head(x), self.box_head(x).sigmoid()
@@ -218,9 +201,8 @@ class SimVG(nn.Module):
             image_size, patch_size, vocab_size, encoder_width, encoder_layers, encoder_heads, encoder_ffn, drop_path
         )
         self.tqg = TextGuidedQuery(encoder_width, head_width, queries, tqg_layers, tqg_ffn, dropout, as_released)
-        self.decoder_branch = DecoderBranch(
-            encoder_width, head_width, self.encoder.grid, decoder_layers, decoder_ffn, dropout
-        )
+        grid = self.encoder.grid
+        self.decoder_branch = DecoderBranch(encoder_width, head_width, grid, decoder_layers, decoder_ffn, dropout)
         self.token_branch = TokenBranch(encoder_width, head_width)
         # As in the official code, only the decoder's matrices; TQG and heads keep PyTorch's initial weights.
         for weight in self.decoder_branch.layers.parameters():
@@ -269,14 +251,6 @@ class SimVG(nn.Module):
         )
 
 
-def keep_in_16_bits(model: SimVG, amp: torch.dtype) -> None:
-    """Store the encoder's matrices in the precision that autocast would cast them to in every call. For inference with
-    this `amp`; the answers stay the same."""
-    for module in model.encoder.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(amp)
-
-
 # -------------------------------------------------------------------------------------------- checkpoint files
 
 
@@ -306,136 +280,112 @@ def initialise(model: SimVG, path: str | Path) -> str:
     A BEiT-3 file must fill the whole encoder, a SimVG file everything. Image positions are resized to another grid, and
     another number of queries starts anew. `as_released=True` is taken over. CheckpointError: any other misfit.
     """
-    state, fresh, new, note = read_checkpoint(path), model.state_dict(), set(), ""
+    state, fresh, note = read_checkpoint(path), model.state_dict(), ""
     with unpacking(path):
         origin, weights, args = _simvg_weights(state)
         if weights:
             positions, queries = "encoder.image_positions", "tqg.query_embed.weight"
             weights[positions] = beit3.resize_positions(weights[positions], model.encoder.grid, beit3.OBJECT_TOKENS)
             if weights[queries].shape != fresh[queries].shape:
-                new, note = {queries}, f"; new: {queries}"
-            as_released = args.get("as_released", model.tqg.as_released)
-            if as_released != model.tqg.as_released:
-                if not as_released:  # set by the user, whose --resume would not find it in last.pt
-                    raise CheckpointError(f"{path}: its weights were not made for model.as_released=true")
-                model.tqg.compute_as_released(True)
+                del weights[queries]
+                note = f"; new: {queries}"
+            if model.tqg.as_released and not args.get("as_released", True):
+                # set by the user, whose --resume would not find it in last.pt
+                raise CheckpointError(f"{path}: its weights were not made for model.as_released=true")
+            if args.get("as_released") and not model.tqg.as_released:
+                model.tqg.as_released = True
                 note += "; model.as_released=true from now on, for which these weights were made"
+            load_strictly(model, {queries: fresh[queries], **weights}, path)
         else:
-            patch = model.encoder.patch_embed.kernel_size[0]
-            encoder, unused = beit3.pretrained_weights(state, model.encoder.grid, patch)
-            weights = {f"encoder.{name}": value for name, value in encoder.items()}
-            new = {name for name in fresh if not name.startswith("encoder.")}
-            note = "; new: everything but the encoder"
-            origin = f"BEiT-3 (not used: {', '.join(unused)})"
-        taken = {name: value for name, value in weights.items() if name not in new}
-        load_strictly(model, {**{name: fresh[name] for name in new}, **taken}, path)
+            weights, unused = beit3.pretrained_weights(state, model.encoder)
+            load_strictly(model.encoder, weights, path)
+            origin, note = f"BEiT-3 (not used: {', '.join(unused)})", "; new: everything but the encoder"
     model.tokenizer_digest = _tokenizer_digest(state, model)
-    return f"{path}: {origin}, {len(taken)} of {len(fresh)} tensors taken{note}"
+    return f"{path}: {origin}, {len(weights)} of {len(fresh)} tensors taken{note}"
 
 
 def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
     """Fill every tensor of the model from one of the same name and shape, with none left over, or CheckpointError."""
-    for name, value in weights.items():
-        if not (isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided):
-            kind = f"{value.layout} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise CheckpointError(f"{path}: {name!r} must be a dense tensor of floating point numbers, not {kind}")
-    have = {name: tuple(value.shape) for name, value in weights.items()}
     want = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if have != want:
-        name = min((name for name in have.keys() | want.keys() if have.get(name) != want.get(name)), key=str)
-        sizes = f"{have.get(name, 'missing')} in the file and {want.get(name, 'missing')} in the model"
-        raise CheckpointError(f"{path}: does not fit the model: {name!r} is {sizes}")
+    for name in sorted(want.keys() | weights.keys(), key=str):
+        value = weights.get(name)
+        usable = isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided
+        found = "missing" if value is None else tuple(value.shape) if usable else "no dense floating point tensor"
+        if found != want.get(name):
+            sizes = f"{found} in the file and {want.get(name, 'missing')} in the model"
+            raise CheckpointError(f"{path}: does not fit the model: {name!r} is {sizes}")
     model.load_state_dict(weights)
 
 
 def _simvg_weights(state: dict) -> tuple[str, dict[str, Tensor], dict]:
     """Description, weights under this project's names and arguments of SimVG of a SimVG checkpoint, ours or official;
     ("", {}, {}) if it is neither."""
+    averaged = ", averaged (EMA) weights" if state.get("ema") or state.get("ema_state_dict") else ""
     if {"config", "model", "ema"} <= state.keys():
-        averaged = ", averaged weights" if state["ema"] else ""
         return f"SimVG checkpoint{averaged}", {**state["model"], **state["ema"]}, state["config"]["model"]
-    official = state.get("ema_state_dict") or state.get("state_dict") or {}
-    official = {name.removeprefix("module."): value for name, value in official.items()}
-    if "head.query_embed.weight" not in official:
+    weights = from_official(state.get("ema_state_dict") or state.get("state_dict") or {})
+    if "tqg.query_embed.weight" not in weights:
         return "", {}, {}
-    averaged = ", averaged (EMA) weights" if state.get("ema_state_dict") else ""
-    return f"official SimVG checkpoint{averaged}", convert(official), _official_sizes(official)
+    return f"official SimVG checkpoint{averaged}", weights, official_sizes(weights)
 
 
 def _tokenizer_digest(state: dict, model: SimVG) -> str | None:
     """The digest of the tokenizer that the weights were trained with, None if unknown. Foreign files with as many words
     as BEiT-3 were trained with BEiT-3's."""
-    beit3_words = "config" not in state and model.encoder.text_embed.num_embeddings == BEIT3_WORDS
-    return BEIT3_TOKENIZER if beit3_words else state.get("tokenizer")
+    beit3_words = "config" not in state and model.encoder.text_embed.num_embeddings == beit3.WORDS
+    return beit3.TOKENIZER if beit3_words else state.get("tokenizer")
 
 
-# Official names -> names here, as regular expressions, applied one after the other.
-_HEAD_NAMES = {
-    r"head\.text_guided_query_generation_transformer\.": "tqg.",
-    r"head\.transformer\.decoder\.": "decoder_branch.",
-    r"head\.input_text_proj\.": "tqg.text_proj.",
-    r"head\.query_embed\.": "tqg.query_embed.",
-    r"head\.input_proj\.": "decoder_branch.image_proj.",
-    r"head\.input_cls_proj\.": "token_branch.object_proj.",
-    r"head\.mlp\.layers\.0\.": "token_branch.mlp.",
-    r"head\.class_embed_(decoder|token)\.": r"\1_branch.class_head.",
-    r"head\.bbox_embed_(decoder|token)\.layers\.": r"\1_branch.box_head.",
+# Names in official files -> names here: regular expressions, applied one after the other.
+_NAMES = {
+    r"^module\.": "",
+    r"^vis_enc\.beit3": "encoder",
+    r"head\.text_guided_query_generation_transformer": "tqg",
+    r"head\.transformer\.decoder": "decoder_branch",
+    r"head\.input_text_proj": "tqg.text_proj",
+    r"head\.query_embed": "tqg.query_embed",
+    r"head\.input_proj": "decoder_branch.image_proj",
+    r"head\.input_cls_proj": "token_branch.object_proj",
+    r"head\.mlp\.layers\.0": "token_branch.mlp",
+    r"head\.b?(class|box)_embed_(decoder|token)(\.layers)?": r"\2_branch.\1_head",  # class_embed, bbox_embed
     r"post_norm_layer": "norm",
     r"attentions\.0\.attn": "self_attn",
     r"attentions\.1\.attn": "cross_attn",
     r"ffns\.0\.layers\.0\.0": "ffn.0",
     r"ffns\.0\.layers\.1": "ffn.3",
     # the box heads' linear layers 0, 1, 2 are modules 0, 2, 4 here; 2 first, so that none is renamed twice
-    r"(box_head)\.2\.": r"\1.4.",
-    r"(box_head)\.1\.": r"\1.2.",
+    r"box_head\.2": "box_head.4",
+    r"box_head\.1": "box_head.2",
 }
 
 
-def convert(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An official SimVG state dict under this project's names; KeyError on an unknown encoder name."""
-    prefix = "vis_enc.beit3."
-    encoder = {name.removeprefix(prefix): value for name, value in official.items() if name.startswith(prefix)}
-    ours = {f"encoder.{name}": value for name, value in beit3.convert(encoder).items()}
-    for name, value in official.items():
-        if name.startswith(prefix) or re.fullmatch(r"head\.criterion\w*\.empty_weight", name):
-            continue  # empty_weight: constants of the loss
-        if name == "head.input_proj.weight":
-            value = value.flatten(1)  # (C, D, 1, 1), a 1 x 1 convolution
-        for pattern, replacement in _HEAD_NAMES.items():
-            name = re.sub(pattern, replacement, name)
-        ours[name] = value
-    return ours
+def from_official(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An official SimVG state dict under this project's names. Names that it does not know stay as they are."""
+    ours = beit3.renamed(beit3.from_beit3(official), _NAMES)
+    if (name := "decoder_branch.image_proj.weight") in ours:
+        ours[name] = ours[name].flatten(1)  # (C, D, 1, 1), a 1 x 1 convolution
+    return {name: value for name, value in ours.items() if not name.endswith(".empty_weight")}  # the loss's constants
 
 
-def _official_sizes(official: dict[str, Tensor]) -> dict:
-    """The arguments of SimVG, read off an official checkpoint's tensors."""
-    shape = {name: value.shape for name, value in official.items()}
-    encoder, decoder = "vis_enc.beit3.encoder.layers", "head.transformer.decoder.layers"
-    tqg = "head.text_guided_query_generation_transformer.layers"
-    vocab, width = shape["vis_enc.beit3.text_embed.weight"]
-    patch = shape["vis_enc.beit3.vision_embed.proj.weight"][-1]
-    # 3: two rows that are never read, and the object token's
-    grid = int((shape["vis_enc.beit3.encoder.embed_positions.A.weight"][0] - 3) ** 0.5)
-
-    def layers(prefix: str) -> int:
-        return len({name[len(prefix) + 1 :].split(".")[0] for name in shape if name.startswith(f"{prefix}.")})
-
-    return dict(
-        **dict(image_size=grid * patch, patch_size=patch, vocab_size=vocab),
-        **dict(encoder_width=width, encoder_layers=layers(encoder), encoder_heads=width // 64, drop_path=0.0),
-        encoder_ffn=shape[f"{encoder}.0.ffn.A.fc1.weight"][0],
-        head_width=shape["head.query_embed.weight"][1],
-        queries=shape["head.query_embed.weight"][0],
-        **dict(tqg_layers=layers(tqg), tqg_ffn=shape[f"{tqg}.0.ffns.0.layers.0.0.weight"][0]),
-        **dict(decoder_layers=layers(decoder), decoder_ffn=shape[f"{decoder}.0.ffns.0.layers.0.0.weight"][0]),
-        **dict(dropout=0.0, as_released=True),
-    )
+def official_sizes(weights: dict[str, Tensor]) -> dict:
+    """The arguments of SimVG, read off the tensors of an official checkpoint under this project's names."""
+    sizes = {"dropout": 0.0, "drop_path": 0.0, "as_released": True}
+    sizes["vocab_size"], sizes["encoder_width"] = weights["encoder.text_embed.weight"].shape
+    sizes["encoder_heads"] = sizes["encoder_width"] // 64
+    sizes["queries"], sizes["head_width"] = weights["tqg.query_embed.weight"].shape
+    sizes["patch_size"] = weights["encoder.patch_embed.weight"].shape[-1]
+    patches = len(weights["encoder.image_positions"]) - beit3.OBJECT_TOKENS
+    sizes["image_size"] = math.isqrt(patches) * sizes["patch_size"]
+    for part, linear in ("encoder", "image.fc1"), ("tqg", "ffn.0"), ("decoder", "ffn.0"):
+        pattern = rf"{part}(_branch)?\.layers\.\d+\.{linear}\.weight"  # once in each layer
+        hidden = [len(value) for name, value in weights.items() if re.fullmatch(pattern, name)]
+        sizes[f"{part}_layers"], sizes[f"{part}_ffn"] = len(hidden), hidden[0]
+    return sizes
 
 
 def save(path: str | Path, state: dict) -> None:
     """Write a checkpoint so that at every moment `path` is the old file or the whole new one."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
+    part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
             torch.save(state, file)
@@ -479,33 +429,21 @@ def unpacking(path: str | Path, *passing: type[Exception]) -> Iterator[None]:
         raise CheckpointError(f"{path}: is not a checkpoint, or not a whole one: {reason}") from error
 
 
-# ------------------------------------------------------------------------------------------------ a first look
-
-
 def main() -> None:
-    """Print every stage of a tiny model, from pixels and words to boxes: shapes and parameters."""
-    net = SimVG(
-        **dict(image_size=64, patch_size=16, vocab_size=100, head_width=32, queries=1, as_released=False),
-        **dict(encoder_width=64, encoder_layers=2, encoder_heads=4, encoder_ffn=128, drop_path=0.0),
-        **dict(tqg_layers=1, tqg_ffn=64, decoder_layers=2, decoder_ffn=64, dropout=0.0),
-    ).eval()
-    stages = {"patches": net.encoder.patch_embed, "words": net.encoder.text_embed}
-    stages |= {f"encoder layer {i}: image, text": layer for i, layer in enumerate(net.encoder.layers, 1)}
-    stages |= {"object token and patches": net.encoder.image_norm, "text tokens": net.encoder.text_norm}
-    stages |= {"text-guided queries, Eq. 8": net.tqg, "decoder branch, Eq. 2: logits, boxes": net.decoder_branch}
-    stages |= {"token branch, Eq. 3: logits, boxes": net.token_branch}
+    """Print what every stage of a tiny model puts out, from pixels and words to boxes: shapes, and its parameters."""
+    sizes = dict(image_size=64, patch_size=16, vocab_size=100, head_width=32, queries=1, dropout=0.0, drop_path=0.0)
+    sizes |= dict(encoder_width=64, encoder_layers=2, encoder_heads=4, encoder_ffn=128, as_released=False)
+    net = SimVG(**sizes, tqg_layers=1, tqg_ffn=64, decoder_layers=2, decoder_ffn=64).eval()
 
-    def show(title: str, output: Tensor | tuple[Tensor, ...], parameters: Iterable[Tensor]) -> None:
-        shapes = " ".join(str(tuple(x.shape)) for x in (output if isinstance(output, tuple) else (output,)))
-        print(f"{title:38} {shapes:30}{sum(p.numel() for p in parameters):>10,}")
+    def show(name: str, module: nn.Module, _, output: Tensor | tuple[Tensor, ...]) -> None:
+        shapes = [str(tuple(x.shape)) for x in (output if isinstance(output, tuple) else [output])]
+        print(f"{name:26} {' '.join(shapes):48}{sum(p.numel() for p in module.parameters()):>10,}")
 
-    for title, module in stages.items():
-        module.register_forward_hook(lambda module, _, output, title=title: show(title, output, module.parameters()))
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    for name, module in net.named_modules():
+        if re.fullmatch(r"\w*(\.\w+|\.layers\.\d+)?", name):  # the inside of a layer would be too long
+            module.register_forward_hook(partial(show, name or "all"))
     tokens = torch.tensor([[0, 7, 8, 9, 2, 1], [0, 7, 8, 9, 10, 2]])  # <s> the left dog </s> <pad>
-    net(images, tokens, tokens == 1)
-    show("object token and positions, Eq. 1", net.encoder.object_token, net.encoder.parameters(recurse=False))
-    show("all", (), net.parameters())
+    net(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), tokens, tokens == 1)
 
 
 if __name__ == "__main__":

@@ -313,7 +313,7 @@ def forward(table: Table, net: models.SimVG, batch: int, branch: str, rounds: in
 
 def in_16_bits(net: models.SimVG) -> models.SimVG:
     net = copy.deepcopy(net)
-    models.keep_in_16_bits(net, torch.bfloat16)
+    net.encoder.keep_in_16_bits(torch.bfloat16)
     return net
 
 

@@ -250,7 +250,7 @@ def checkpoints(folder: Path, rng: random.Random) -> None:
     if use == "load":
         models.load(path, **({} if kind in ("last", "best") else {"encoder_heads": 4}))
     elif use == "initialise":
-        sizes = {**models._official_sizes(official_state()), "encoder_heads": 4}
+        sizes = {**models.official_sizes(models.from_official(official_state())), "encoder_heads": 4}
         models.initialise(tiny_model() if kind in ("last", "best") else models.SimVG(**sizes), path)
     else:
         config = data.load_config(f"{ROOT}/configs.json:shapes") | {"model": TINY}

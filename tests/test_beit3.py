@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import beit3
-from conftest import golden, tiny_inputs, tiny_model
+import model as models
+from conftest import golden, official_state, tiny_inputs, tiny_model
 
 
 def encode(model, images, tokens, pad, **options):
@@ -107,7 +108,15 @@ def test_the_released_text_positions_have_one_frequency():
     assert not torch.equal(table, beit3.sine_1d(*about["shape"]))
 
 
-def test_a_tensor_of_an_unknown_layer_part_is_refused_by_its_whole_name():
-    for name in ("encoder.layers.0.self_attn.foo.A.weight", "encoder.layers.0.self_attn.q_proj.weight"):
-        with pytest.raises(KeyError, match=name):
-            beit3.convert({name: torch.zeros(1)})
+def test_a_tensor_of_an_unknown_layer_part_is_refused_by_its_name(tmp_path):
+    state = {n.removeprefix("vis_enc."): v for n, v in official_state().items() if n.startswith("vis_enc.")}
+    sizes = models.official_sizes(models.from_official(official_state())) | {"encoder_heads": 4}
+    unknown = {
+        "encoder.layers.0.self_attn.foo.A.weight": "layers.0.image.self_attn.foo.weight",
+        "encoder.layers.0.self_attn.q_proj.weight": "encoder.layers.0.q.weight",
+        "encoder.something.weight": "encoder.something.weight",
+    }
+    for name, shown in unknown.items():
+        torch.save({"model": {**state, f"beit3.{name}": torch.zeros(1)}}, tmp_path / "b.zip")
+        with pytest.raises(models.CheckpointError, match=f"'{shown}' is .1,. in the file and missing in the model"):
+            models.initialise(models.SimVG(**sizes), tmp_path / "b.zip")

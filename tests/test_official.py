@@ -115,9 +115,9 @@ def our_names(official: dict) -> dict:
     renamed = {}
     for name, value in official.items():
         if isinstance(value, torch.Tensor):
-            renamed |= models.convert({name: value})
+            renamed |= models.from_official({name: value})
         else:
-            renamed[next(iter(models.convert({name: state[name]})))] = value
+            renamed[next(iter(models.from_official({name: state[name]})))] = value
     return renamed
 
 
@@ -292,7 +292,7 @@ def test_initial_weights_have_the_official_spread_but_for_the_stated_deviations(
     ours = dict(model.named_parameters())
     groups: dict[str, list[torch.Tensor]] = {}
     for name, value in official_state().items():
-        renamed = models.convert({name: value})
+        renamed = models.from_official({name: value})
         for own in renamed:
             groups.setdefault(re.sub(r"\.\d+(?=\.)", ".N", name), []).append(ours[own].detach())
     stats = golden("init_stats_base.json")
