@@ -295,7 +295,7 @@ def draw_panels(panels: dict[str, dict[str, list]], path: str | Path, x_label: s
         top, bottom = 260 * number + 25, 260 * number + 215
         points = [point for line in lines.values() for point in line]
         low, high = min(y - error for _, y, error in points), max(y + error for _, y, error in points)
-        low, last = 0 if 0 < low < high / 2 else low, max(x for x, _, _ in points)  # start at 0 where it is near
+        low, last = low if low <= 0 or high / 2 < low < high else 0, max(x for x, _, _ in points)
         x_scale, y_scale = (right - left) / (last or 1), (bottom - top) / (high - low or 1)
         pen.rectangle((left, top, right, bottom), outline="lightgrey")
         pen.text((left, top - 18), title, "black")
