@@ -534,7 +534,7 @@ for section, names, allowed in (
     ("train", "decay_epochs", [POSITIVE]),
     ("train", "clip_norm no_object_weight", (1e-9, 1e9)),
     ("train", "loss_decoder loss_token_on_truth loss_token_on_teacher save_minutes", (0.0, 1e9)),
-    ("train", "amsgrad ema checkpointing compile", bool),
+    ("train", "freeze_encoder amsgrad ema checkpointing compile", bool),
     ("train", "amp", str),
 ):
     KEYS |= {f"{section}.{name}": allowed for name in names.split()}
@@ -596,6 +596,7 @@ def override_config(config: dict, overrides: Sequence[str]) -> None:
 
 def check_config(config: dict, where: str) -> None:
     """InputError unless a config, of a file or a checkpoint, has every key and the values fit `KEYS` and each other."""
+    config["train"].setdefault("freeze_encoder", False)  # which checkpoints of older versions lack
     values = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
     if missing := KEYS.keys() - values.keys():
         raise InputError(f"{where}: the config lacks {min(missing)}")

@@ -4,6 +4,7 @@
     python evaluate.py --ckpt best.pt --image photo.jpg --text "the left dog"  # boxes with scores, and a picture
     python evaluate.py --ckpt best.pt --report report.html                     # accuracy, and a page with every answer
     python evaluate.py --ckpt best.pt --attention --split test                 # how much attention the true box gets
+    python evaluate.py --curves runs/a runs/b --save curves.png                # losses and accuracy of several runs
 
 REC (referring expression comprehension): every expression has one target; the model has one query. The metric is
 Acc@0.5, the share of expressions whose box has an IoU of at least 0.5 with the true box.
@@ -18,6 +19,7 @@ import base64
 import ctypes
 import io
 import json
+import math
 import os
 import sys
 import warnings
@@ -42,6 +44,7 @@ MIN_IOU = 0.5  # a box is correct from this IoU on; in gREC, from this generalis
 THRESHOLD = 0.7  # the box of a gREC query is part of the answer from this score on
 BRANCHES = ("decoder", "token")
 TARGET_GROUPS = ("no target", "one target", "several targets")
+INKS = ("black", "royalblue", "darkorange", "seagreen", "crimson", "purple", "saddlebrown", "deeppink", "olive", "teal")
 PICTURES = 3000  # images in a report at most, some 9 kB each; the three evaluation splits of RefCOCO have as many
 Answers = dict[str, "Result"]  # {branch: its answer} to one expression
 
@@ -265,30 +268,62 @@ def draw_page(examples: Sequence[data.Example], results: Sequence[Answers], path
     data.tile(tiles, path, columns=4)
 
 
-def draw_curves(records: Sequence[dict], path: Path) -> None:
-    """Draw the records of metrics.jsonl over the steps: the loss terms above, the metrics of a split below."""
-    page = Image.new("RGB", (720, 520), "white")
-    train = [row for row in records if row["split"] == "train"]
-    evaluated = [row for row in records if row.get("weights") == "last"]  # all of one split
-    metrics = [f"{branch}_{metric}" for metric in ("acc", "f1", "nacc") for branch in BRANCHES]
-    draw_panel(ImageDraw.Draw(page), 10, train, ("decoder", "token_on_truth", "token_on_teacher", "teacher_weight"))
-    draw_panel(ImageDraw.Draw(page), 270, evaluated, metrics)
+def draw_curves(folders: Sequence[str | Path], path: str | Path) -> None:
+    """Draw metrics.jsonl of runs: the loss terms, W_dt, and the metrics of the split that chooses the best weights. Of
+    several runs each of these names has a panel, with a line for each run. A half-written last row is left out."""
+    kinds = dict.fromkeys(("decoder", "token_on_truth", "token_on_teacher"), "loss") | {"teacher_weight": "W_dt"}
+    kinds |= {f"{branch}_{metric}": "metric" for metric in ("acc", "f1", "nacc") for branch in BRANCHES}
+    panels: dict[str, dict[str, list]] = {}
+    for folder in folders:
+        rows = [json.loads(each) for _, each in data.json_lines(Path(folder, "metrics.jsonl")) if each.endswith(b"}\n")]
+        for name, kind in kinds.items():
+            title, label = (f"{kind}: {name}", str(folder)) if len(folders) > 1 else (kind, name)
+            points = [(row["step"], row[name], 0) for row in rows if name in row and row.get("weights") != "best"]
+            panels.setdefault(title, {})[label] = points
+    draw_panels(panels, path)
+
+
+def draw_panels(panels: dict[str, dict[str, list]], path: str | Path, x_label: str = "step") -> None:
+    """Save charts one below the other. panels: {title: {name of a line: its points (x, y, half of an error bar)}}."""
+    panels = {title: lines for title, lines in panels.items() if any(lines.values())}
+    if not panels:
+        raise InputError(f"{path}: there is nothing to draw yet")
+    longest = max(len(name) for lines in panels.values() for name in lines)
+    page = Image.new("RGB", (660 + 6 * longest, 260 * len(panels)), "white")
+    pen, left, right = ImageDraw.Draw(page), 60, 630
+    for number, (title, lines) in enumerate(panels.items()):
+        top, bottom = 260 * number + 25, 260 * number + 215
+        points = [point for line in lines.values() for point in line]
+        low, high = min(y - error for _, y, error in points), max(y + error for _, y, error in points)
+        low, last = low if low <= 0 or high / 2 < low < high else 0, max(x for x, _, _ in points)
+        x_scale, y_scale = (right - left) / (last or 1), (bottom - top) / (high - low or 1)
+        pen.rectangle((left, top, right, bottom), outline="lightgrey")
+        pen.text((left, top - 18), title, "black")
+        pen.text((right, bottom + 20), x_label, "black", anchor="rt")
+        for tick in ticks(0, last):
+            x = left + x_scale * tick
+            pen.line((x, top, x, bottom), "lightgrey")
+            pen.text((x, bottom + 6), f"{tick:,.6g}", "black", anchor="mt")
+        for tick in ticks(low, high):
+            y = bottom - y_scale * (tick - low)
+            pen.line((left, y, right, y), "lightgrey")
+            pen.text((left - 6, y), f"{tick:,.6g}", "black", anchor="rm")
+        for i, (name, line) in enumerate(lines.items()):
+            ink, dot = INKS[i % len(INKS)], 2 * (len(line) < 40)
+            pen.text((right + 10, top + 14 * i), name if line else "", ink)
+            placed = [(left + x_scale * x, bottom - y_scale * (y - low), y_scale * error) for x, y, error in line]
+            pen.line([(x, y) for x, y, _ in placed], ink, width=2)
+            for x, y, error in placed:
+                pen.line((x, y - error, x, y + error), ink)
+                pen.rectangle((x - dot, y - dot, x + dot, y + dot), ink)
     page.save(path)
 
 
-def draw_panel(pen: ImageDraw.ImageDraw, top: int, rows: Sequence[dict], names: Sequence[str]) -> None:
-    """One chart from 0 upwards, with a line for each of up to four names; a name that has no values is left out."""
-    left, width, height = 50, 650, 220
-    pen.rectangle((left, top, left + width, top + height), outline="grey")
-    names = [name for name in names if rows and name in rows[-1]]
-    last = rows[-1]["step"] if rows else 0
-    high = max((row.get(name, 0) for row in rows for name in names), default=0) or 1
-    pen.text((5, top), f"{high:.3g}", fill="black")
-    pen.text((left + width - 70, top + height + 4), f"step {last}", fill="black")
-    for i, (name, ink) in enumerate(zip(names, ("black", "royalblue", "darkorange", "seagreen"), strict=False)):
-        points = [(left + width * r["step"] / last, top + height * (1 - r[name] / high)) for r in rows if name in r]
-        pen.line(points, fill=ink, width=2)
-        pen.text((left + 20 + 150 * i, top + height + 4), name, fill=ink)
+def ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers from low to high; one where these are equal."""
+    least = (high - low or abs(high) or 1) / 6
+    step = next(s for p in range(-9, 39) for s in (10.0**p, 2 * 10.0**p, 5 * 10.0**p) if s >= least)
+    return [step * i for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
 
 
 def coverage(boxes: Tensor, grid: int) -> Tensor:
@@ -386,6 +421,9 @@ def report(path: str, title: str, splits: dict[str, tuple[list, list]], grec: bo
 
 def main() -> None:
     args = parse_arguments()
+    if args.curves:
+        draw_curves(args.curves, args.save or "curves.png")
+        return print(f"picture: {args.save or 'curves.png'}")
     rank, _, device = join_ranks()
     model = models.load(args.ckpt, device)
     config = model.config
@@ -503,7 +541,9 @@ def ground_phrases(args: argparse.Namespace, model: models.SimVG, config: dict, 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a checkpoint; or, with --image and --text, find boxes.")
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="FILE", help="a checkpoint of train.py, or an official .pth")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ckpt", metavar="FILE", help="a checkpoint of train.py, or an official .pth")
+    what.add_argument("--curves", nargs="+", metavar="RUN", help="only draw the curves of these runs' folders")
     add("--config", metavar="FILE:NAME", help="instead of the checkpoint's (an official .pth has none)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as data.images=DIR")
     add("--split", nargs="+", metavar="NAME", help="splits to evaluate (default: all of the config)")
@@ -513,14 +553,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--amp", choices=["bf16", "fp16"], default="", help="run the encoder in 16 bits")
     add("--attention", action="store_true", help="show where tokens look: a picture, or a table")
     add("--report", metavar="FILE.html", help="also write a page to browse the answers")
-    add("--save", metavar="FILE.png", help="where the picture goes (default: IMAGE_grounded.png)")
+    add("--save", metavar="FILE.png", help="where the picture goes (default: IMAGE_grounded.png, curves.png)")
     args = parser.parse_args()
     if (args.image is None) != (args.text is None):
         parser.error("--image and --text go together")
     if args.report and (args.image is not None or args.attention):
         parser.error("--report goes with the evaluation of splits")
-    if args.save and args.image is None:
-        parser.error("--save goes with --image")
+    if args.save and args.image is None and not args.curves:
+        parser.error("--save goes with --image or --curves")
     for option, name, endings in (("report", args.report, (".html",)), ("save", args.save, (".png", ".jpg", ".jpeg"))):
         if name and not (name.lower().endswith(endings) and Path(name).absolute().parent.is_dir()):
             parser.error(f"--{option} {name}: expected a file name that ends in {' or '.join(endings)}, in a folder")

@@ -11,6 +11,7 @@ a resumed run is the same to the bit, because random choices depend on (seed, ep
     batch_size            examples per optimiser step, of all ranks together
     micro_batch           most examples that a rank computes at once; a step accumulates the gradients of several
     lr, lr_encoder        learning rates of the heads and of the pre-trained encoder, after the warm-up
+    freeze_encoder        train the heads alone: the encoder keeps its weights, without gradients and without drop path
     betas, eps, amsgrad, weight_decay    arguments of torch.optim.Adam
     clip_norm             a gradient with a larger L2 norm, over all weights, is scaled down to this one
     warmup_epochs         linear warm-up in stairs: epoch e (1, 2, ...) has the rates times e / (warmup_epochs + 1)
@@ -26,7 +27,6 @@ a resumed run is the same to the bit, because random choices depend on (seed, ep
 """
 
 import argparse
-import fcntl
 import json
 import os
 import signal
@@ -81,6 +81,7 @@ class TrainState:
     signals: list[int] = field(default_factory=list)  # received so far
     lock: object = None  # config.json, open and locked while this process lives
     recent: list[tuple] = field(default_factory=list)  # what `log_step` got since the last training row
+    report_from: int = 0  # the step from which on it reports on stderr again
     lines: list[str] = field(default_factory=list)  # of metrics.jsonl, which checkpoints hold, too
 
 
@@ -121,7 +122,7 @@ def main() -> None:
             update_ema(state.ema, state.model, settings["ema_decay"], progress["step"])
             if terms["grad_norm"].isfinite():  # the only wait for the device (in REC), after all its work is queued
                 state.skipped_in_a_row = 0
-                log_step(state, terms, waited, time.monotonic() - began)
+                log_step(state, terms, waited, time.monotonic() - began, settings["epochs"] * sampler.steps)
             else:
                 report_skipped(state, terms, micro_batches)
             if time.monotonic() - state.saved_at > 60 * settings["save_minutes"] and not state.skipped_in_a_row:
@@ -196,20 +197,20 @@ def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float, step: int
     """Move the averaged weights, if there are any, after `step` (counted from 1) steps."""
     if ema:
         decay = min(decay, step / (step + 9))  # a young average forgets faster, because it began with untrained weights
-        torch._foreach_lerp_(list(ema.values()), list(model.parameters()), 1 - decay)
+        torch._foreach_lerp_(list(ema.values()), [p for p in model.parameters() if p.requires_grad], 1 - decay)
 
 
 def validate(state: TrainState) -> None:
     """Evaluate the first split, with the averaged weights if there are any, and keep the best weights as best.pt."""
-    trained = {name: p.detach().clone() for name, p in state.model.named_parameters()}
-    state.model.load_state_dict(state.ema or trained)
-    figures, _ = evaluate_split(state, state.model, next(iter(state.splits)))
+    trained = {name: p.detach().clone() for name, p in state.model.named_parameters() if name in state.ema}
+    state.model.load_state_dict(state.ema, strict=False)
+    metrics, _ = evaluate_split(state, state.model, next(iter(state.splits)))
     # As in the official code, the mean of the trained branches' accuracies decides which weights are the best.
-    accuracies = [value for name, value in figures.items() if name.endswith(("_acc", "_f1"))]
+    accuracies = [value for name, value in metrics.items() if name.endswith(("_acc", "_f1"))]
     value = sum(accuracies) / len(accuracies)
-    if value > state.progress["best"] and save(state, "best.pt", ema={}, figures=figures, best=value):
+    if value > state.progress["best"] and save(state, "best.pt", ema={}, best=value):
         state.progress["best"] = value
-    state.model.load_state_dict(trained)
+    state.model.load_state_dict(trained, strict=False)
 
 
 def report_best(state: TrainState) -> None:
@@ -219,28 +220,29 @@ def report_best(state: TrainState) -> None:
         _, results = evaluate_split(state, model, split, weights="best")
     if state.rank == 0:
         evaluate.draw_page(state.splits[split].examples[:16], results[:16], state.out / "samples.png")
-        evaluate.draw_curves([json.loads(line) for line in state.lines], state.out / "curves.png")
+        evaluate.draw_curves([state.out], state.out / "curves.png")
         print(f"weights: {state.out}/best.pt   pictures: {state.out}/samples.png {state.out}/curves.png")
 
 
 def evaluate_split(state: TrainState, model: models.SimVG, split: str, weights: str = "last") -> tuple[dict, list]:
-    """The figures of a split, also as a printed table and as a row of metrics.jsonl, and its results."""
+    """The metrics of a split, also as a printed table and as a row of metrics.jsonl, and its results."""
     dataset, rec, progress = state.splits[split], state.config["model"]["queries"] == 1, state.progress
     options = {"workers": state.config["data"]["workers"], "amp": state.amp, "title": split}
     options["after_batch"] = lambda: state.signals and stop(state, "in an evaluation")  # last.pt is from just before
     results = evaluate.evaluate_dataset(model, dataset, state.collate, state.branch, **options)
-    figures = evaluate.summary(results, dataset.examples, grec=not rec)
+    metrics = evaluate.summary(results, dataset.examples, grec=not rec)
     row = {"split": split, "weights": weights, "epoch": progress["epoch"], "step": progress["step"]}
-    write_row(state, row | {name: round(value, 6) for name, value in figures.items()})
+    write_row(state, row | {name: round(value, 6) for name, value in metrics.items()})
     if state.rank == 0:
         groups, first = evaluate.by_kind(results, dataset.examples), [examples[0] for examples in state.rows]
         mean_box = evaluate.mean_box_accuracy(first, dataset.examples) if rec else None
-        evaluate.print_table(f"{split} ({weights})", figures, groups, mean_box)
-    return figures, results
+        evaluate.print_table(f"{split} ({weights})", metrics, groups, mean_box)
+    return metrics, results
 
 
-def log_step(state: TrainState, terms: dict[str, Tensor], waited: float, seconds: float) -> None:
-    """Keep the terms of a step and the seconds that it `waited` for data; every LOG_EVERY steps, write the means."""
+def log_step(state: TrainState, terms: dict[str, Tensor], waited: float, seconds: float, steps: int) -> None:
+    """Keep the terms of a step and the seconds that it took and `waited` for data; every LOG_EVERY steps, write the
+    means. At first, and then after every 25 rows, say how long all the `steps` of the run take."""
     progress, recent = state.progress, state.recent
     recent.append((terms, waited, seconds))
     if progress["step"] % LOG_EVERY:
@@ -254,8 +256,11 @@ def log_step(state: TrainState, terms: dict[str, Tensor], waited: float, seconds
     row |= {"samples_per_s": round(len(recent) * state.config["train"]["batch_size"] / times, 1)}
     row |= {"data_wait": round(waits / times, 4), "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
     write_row(state, row)
-    if progress["step"] % (25 * LOG_EVERY) == 0 and state.rank == 0:
-        tqdm.write(f"step {progress['step']}  loss {row['total']:.3f}", file=sys.stderr)
+    if progress["step"] >= state.report_from and len(recent) > LOG_EVERY // 2 and state.rank == 0:
+        state.report_from = progress["step"] + 25 * LOG_EVERY
+        median = sorted(each for _, _, each in recent)[len(recent) // 2]  # the first step takes much longer
+        took = f"a step takes {median:.3g} s, all {steps:,} about {steps * median / 60:,.1f} min without evaluations"
+        tqdm.write(f"step {progress['step']}: loss {row['total']:.3f}; {took}", file=sys.stderr)
     recent.clear()
 
 
@@ -318,15 +323,17 @@ def set_up(args: argparse.Namespace) -> TrainState:
     state.collate = evaluate.load_collate(config, state.model)  # after the weights, which know their tokenizer
     state.digests["tokenizer"] = state.collate.tokenizer.digest
     if config["train"]["ema"] and not state.ema:
-        state.ema |= {name: p.detach().clone() for name, p in state.model.named_parameters()}
+        state.ema |= {name: p.detach().clone() for name, p in state.model.named_parameters() if p.requires_grad}
     if rank == 0:
         # From here on the folder holds a run. Its config.json stays locked while this process lives.
         out.mkdir(parents=True, exist_ok=True)
         state.lock = open(out / "config.json", "a")
-        try:
-            fcntl.lockf(state.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loaders would keep it after a kill
-        except OSError as error:
-            if isinstance(error, BlockingIOError):  # other errors: a file system without locks
+        with suppress(ImportError, OSError):  # Windows and some file systems have no such locks
+            import fcntl
+
+            try:
+                fcntl.lockf(state.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: loaders would keep it after a kill
+            except BlockingIOError:
                 raise InputError(f"{out}: another process is training in this folder") from None
         state.lock.truncate(0)
         print(json.dumps(config, indent=1), file=state.lock, end="", flush=True)
@@ -346,7 +353,9 @@ def build(config: dict, out: Path, rank: int, world: int, device: torch.device) 
         torch._dynamo.config.optimize_ddp = False  # otherwise DDP's buckets would cut the graph of a layer
         for layer in model.encoder.layers:
             layer.compile()  # before DDP; all layers share their graphs
-    # DDP waits for the gradient of every parameter that requires one, so a branch without a loss term must not.
+    # DDP waits for the gradient of every parameter that requires one, so what is not trained must not.
+    model.encoder.requires_grad_(not settings["freeze_encoder"])
+    model.encoder.drops &= not settings["freeze_encoder"]
     model.token_branch.requires_grad_(branch != "decoder")
     model.decoder_branch.requires_grad_(settings["loss_decoder"] is not None)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
@@ -393,7 +402,7 @@ def read_saved(out: Path, config: dict, resume: bool) -> dict | None:
             config["model"]["as_released"] = True  # --init may have set it
         for section, keys in config.items():
             for key, value in keys.items():
-                old = saved["config"][section].get(key)
+                old = saved["config"][section].get(key, False)  # what an older version did not know yet was off
                 if old != value and key not in ("workers", "micro_batch", "save_minutes"):  # these may change
                     raise InputError(f"{out}: was started with {section}.{key}={old}, cannot go on with {value}")
     return saved
@@ -413,7 +422,8 @@ def restore(state: TrainState, saved: dict) -> None:
             assert kept["step"].dim() == 0 and all(kept[name].shape == p.shape for name in names), "a moment's shape"
         state.scaler.load_state_dict(saved["scaler"])
         if state.config["train"]["ema"]:
-            state.ema |= {name: saved["ema"][name].to(p).view_as(p) for name, p in state.model.named_parameters()}
+            named = [(name, p) for name, p in state.model.named_parameters() if p.requires_grad]
+            state.ema |= {name: saved["ema"][name].to(p).view_as(p) for name, p in named}
         state.progress |= {name: type(value)(saved[name]) for name, value in state.progress.items()}
         state.lines += saved.get("metrics", "").splitlines(keepends=True)
 

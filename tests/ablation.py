@@ -19,7 +19,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -121,22 +120,16 @@ def table(out: Path, variants: Sequence[str]) -> str:
 
 
 def curves(out: Path, path: Path) -> None:
-    """W_dt over the steps of each seed above, the token branch's accuracy on `val` below, means over the seeds."""
-    page = Image.new("RGB", (720, 520), "white")
-    pen = ImageDraw.Draw(page)
-    weights: dict[int, dict] = {}  # step -> a row of draw_panel
+    """W_dt of each seed, and the token branch's accuracy on `val`: mean and standard deviation over the seeds."""
+    weights = {}
     for seed in SEEDS:
-        for row in rows(out, SIMVG, seed, "train"):
-            weights.setdefault(row["step"], {"step": row["step"]})[f"W_dt, seed {seed}"] = row["teacher_weight"]
-    evaluate.draw_panel(pen, 10, list(weights.values()), [f"W_dt, seed {seed}" for seed in SEEDS])
-    shown: dict[int, dict] = {}
+        weights[f"seed {seed}"] = [(row["step"], row["teacher_weight"], 0) for row in rows(out, SIMVG, seed, "train")]
+    shown: dict[str, list] = {}
     for variant in ("token branch alone", "both, no distillation", "both, plain distillation", SIMVG):
-        for evaluated in zip(*(rows(out, variant, seed, "val", "last") for seed in SEEDS), strict=True):
-            step = evaluated[0]["step"]
-            mean = statistics.mean(accuracy(row, "token") for row in evaluated)
-            shown.setdefault(step, {"step": step})[variant] = mean
-    evaluate.draw_panel(pen, 270, list(shown.values()), list(next(iter(shown.values())))[1:])
-    page.save(path)
+        for each in zip(*(rows(out, variant, seed, "val", "last") for seed in SEEDS), strict=True):
+            values = [accuracy(row, "token") for row in each]
+            shown.setdefault(variant, []).append((each[0]["step"], statistics.mean(values), statistics.stdev(values)))
+    evaluate.draw_panels({"W_dt": weights, "accuracy of the token branch, %": shown}, path)
 
 
 def main() -> None:

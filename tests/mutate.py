@@ -229,7 +229,7 @@ def made() -> dict[str, dict]:
     }
     return {
         "last": last,
-        "best": {**parts, "figures": {"token_acc": 0.5}, **state.progress},
+        "best": {**parts, **state.progress},
         "official": {"state_dict": official_state(), "meta": {"epoch": 1}},
         "averaged": {"state_dict": {}, "ema_state_dict": {f"module.{k}": v for k, v in official_state().items()}},
         "beit3": {"model": encoder},

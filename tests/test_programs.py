@@ -37,7 +37,7 @@ def test_help_fits_a_terminal_of_80_columns_and_explains_every_option(line, monk
     [
         ("train --confg configs.json:shapes", "required: --config"),
         ("train --config configs.json:shapes --reusme", "unrecognized arguments: --reusme"),
-        ("evaluate --chpt best.pt", "the following arguments are required: --ckpt"),
+        ("evaluate --chpt best.pt", "one of the arguments --ckpt --curves is required"),
         ("evaluate --ckpt best.pt --atention", "unrecognized arguments: --atention"),
         ("evaluate --ckpt=best.pt --repotr=a.html", "unrecognized arguments: --repotr=a.html"),
         ("data check --config configs.json:shapes --imgaes", "unrecognized arguments: --imgaes"),

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import data
 import evaluate
 import losses
 import model as models
 import train
-from conftest import ROOT, SMALL_RUN, command_line, environment, program, start, tiny_model
+from conftest import ROOT, SMALL_RUN, TINY, command_line, environment, program, start, tiny_inputs, tiny_model
 
 EXACT = ["model.dropout=0.0", "train.epochs=1"]
 # The bias of an attention's keys has no effect, so its gradient is rounding noise, which Adam blows up to whole steps
@@ -45,8 +47,10 @@ def test_a_run_leaves_weights_figures_and_pictures(trained):
     assert json.loads((trained / "config.json").read_text())["train"]["epochs"] == 2
 
 
-def test_a_training_row_holds_losses_weight_rates_norm_and_speed(shapes):
+def test_a_training_row_holds_losses_weight_rates_norm_and_speed_and_the_first_says_how_long_it_takes(shapes, capsys):
     start(shapes, "rows", "train.batch_size=4", "train.epochs=1")
+    steps = last(shapes, "rows")["step"]
+    assert capsys.readouterr().err.count(f" s, all {steps} about ") == 1 and steps >= train.LOG_EVERY
     row = next(r for r in rows(shapes, "rows") if r["split"] == "train")
     names = {"decoder", "token_on_truth", "token_on_teacher", "teacher_weight", "total", "grad_norm"}
     assert names | {"lr", "lr_encoder", "samples_per_s", "data_wait"} <= row.keys()
@@ -74,7 +78,7 @@ FACTORS = list(itertools.product((None, 1.0), repeat=3))[1:]  # of the decoder, 
 
 
 @pytest.mark.parametrize("grec", [False, True])
-def test_two_ranks_train_with_every_choice_of_loss_terms(grec, shapes, tmp_path):
+def test_two_ranks_train_with_every_choice_of_loss_terms_and_with_a_frozen_encoder(grec, shapes, tmp_path):
     """In one pair of processes, because starting one for each choice would take minutes."""
     script = tmp_path / "choices.py"
     script.write_text(CHOICES)
@@ -88,11 +92,11 @@ def test_two_ranks_train_with_every_choice_of_loss_terms(grec, shapes, tmp_path)
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("three finite steps") == len(FACTORS)
+    assert done.stdout.count("three finite steps") == 2 * len(FACTORS)
 
 
 CHOICES = """
-import json, sys, torch
+import itertools, json, sys, torch
 from pathlib import Path
 import data, evaluate, train
 
@@ -102,9 +106,9 @@ config = data.load_config(recipe, settings)
 rows = data.read_rows(config["data"], "train")
 collate = data.Collate(data.Tokenizer(config["data"]["tokenizer"]), config["data"]["max_tokens"])
 batch = collate([data.Dataset(rows, 32)[0, 8 * rank + i] for i in range(8)])
-for factors in json.loads(choices):
+for factors, frozen in itertools.product(json.loads(choices), (False, True)):
     names = "loss_decoder", "loss_token_on_truth", "loss_token_on_teacher"
-    config["train"] |= dict(zip(names, factors))
+    config["train"] |= {**dict(zip(names, factors)), "freeze_encoder": frozen}
     state = train.build(config, Path(), rank, world, device)
     state.model.train()
     steps = [train.train_step(state, [batch, batch]) for _ in range(3)]
@@ -279,6 +283,89 @@ def test_every_regime_of_the_paper_is_a_chain_of_commands(chain, shapes, tmp_pat
         assert not before or "tensors taken" in said.out
         assert all(value.isfinite().all() for value in models.read_checkpoint(f"{out}/best.pt")["model"].values())
         before = ["--init", f"{out}/best.pt"]
+
+
+FROZEN = ["train.freeze_encoder=true", "train.ema=true", "model.drop_path=0.3", "model.dropout=0.1"]
+
+
+def test_a_frozen_encoder_has_no_drop_path_no_graph_no_gradients_and_no_moments():
+    config = data.load_config(f"{ROOT}/configs.json:shapes", FROZEN)
+    config["model"] |= {**TINY, "drop_path": 0.3}
+    state, encoded = train.build(config, Path(), 0, 1, torch.device("cpu")), []
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    state.model.train().encoder.register_forward_hook(lambda _, __, output: encoded.extend(output))
+    batch = data.Batch(*tiny_inputs(), torch.full((3, 1, 4), 0.5), torch.ones(3, 1, dtype=torch.bool), [0, 1, 2])
+    for step in range(2):
+        train.set_learning_rate(state.optimizer, config["train"], step)
+        train.train_step(state, [batch, batch])
+    assert not any(tensor.requires_grad for tensor in encoded)
+    assert all(torch.equal(one, other) for one, other in zip(encoded[:3], encoded[3:6], strict=True))
+    changed = {name for name, p in state.model.named_parameters() if not torch.equal(p, before[name])}
+    assert {"tqg.query_embed.weight", "decoder_branch.class_head.weight", "token_branch.mlp.weight"} <= changed
+    for name, p in state.model.named_parameters():
+        if name.startswith("encoder."):
+            assert name not in changed and p.grad is None and p not in state.optimizer.state
+
+
+def test_a_run_with_a_frozen_encoder_that_was_interrupted_ends_with_bitwise_the_same_weights(shapes, monkeypatch):
+    def interrupt(state: train.TrainState) -> None:
+        raise KeyboardInterrupt
+
+    start(shapes, "frozen", *FROZEN)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "validate", interrupt)  # after the first epoch, which last.pt holds
+        start(shapes, "refrozen", *FROZEN)
+    assert last(shapes, "refrozen")["step"] < last(shapes, "frozen")["step"]
+    start(shapes, "refrozen", *FROZEN, "--resume")
+    a, b = last(shapes, "frozen"), last(shapes, "refrozen")
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, b[part][name]) for name, value in a[part].items())
+    assert not any(name.startswith("encoder.") for name in a["ema"])
+
+
+def test_a_checkpoint_from_before_an_encoder_could_be_frozen_goes_on_and_is_evaluated(shapes, trained):
+    shutil.copytree(trained, shapes / "runs" / "unfrozen")
+    for name in ("last.pt", "best.pt"):
+        state = models.read_checkpoint(trained / name)
+        del state["config"]["train"]["freeze_encoder"]
+        models.save(shapes / "runs" / "unfrozen" / name, state)
+    program("evaluate.py", "--ckpt", "runs/unfrozen/best.pt", cwd=shapes)
+    assert "train.freeze_encoder=False" in start(shapes, "unfrozen", "--resume", FROZEN[0], status=2).stderr
+    start(shapes, "unfrozen", "--resume")
+
+
+def test_where_the_system_has_no_file_locks_a_run_trains(shapes, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # importing it now fails, as on Windows
+    start(shapes, "unlocked", "train.epochs=1")
+
+
+def test_curves_of_several_runs_are_one_picture_and_a_folder_without_a_run_is_one_line(shapes):
+    start(shapes, "curve", "train.batch_size=4", "train.epochs=1")
+    start(shapes, "undistilled", "train.batch_size=4", "train.epochs=1", "train.loss_token_on_teacher=null")
+    with open(shapes / "runs" / "undistilled" / "metrics.jsonl", "a") as file:
+        file.write('{"split": "tr')  # as if it was still training
+    program("evaluate.py", "--curves", "runs/curve", "runs/undistilled", cwd=shapes)
+    with Image.open(shapes / "curves.png") as page:
+        assert page.height == 6 * 260  # three loss terms, W_dt, two accuracies
+        panels = [page.crop((0, 260 * i, page.width, 260 * i + 260)).getcolors(1 << 20) for i in range(6)]
+    second_run = [(65, 105, 225) in {color for _, color in colors} for colors in panels]  # "royalblue"
+    assert second_run == [True, True, False, False, True, True]
+    done = program("evaluate.py", "--curves", "runs/curve", "data/shapes", cwd=shapes, status=2)
+    assert done.stderr.startswith("evaluate.py: data/shapes/metrics.jsonl: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 8827, [0, 2000, 4000, 6000, 8000]),
+        (0.46, 0.89, [0.5, 0.6, 0.7, 0.8]),
+        (0, 0.6, [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]),
+        (-3, 1e6, [0, 200_000, 400_000, 600_000, 800_000, 1_000_000]),
+        *((0.5, 0.5, [0.5]), (0, 0, [0])),
+    ],
+)
+def test_ticks_are_round_numbers(low, high, expected):
+    assert evaluate.ticks(low, high) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("amp", ["", "bf16"])
