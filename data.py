@@ -261,14 +261,19 @@ def read_image(path: str, size: tuple[int, int] | None = None, where: str = "") 
     not rotated (D13). EXIF rotations by 180 degrees are always applied, because they keep the size.
     """
     with open_image(path, size, where) as image:
-        if image.format != "PNG" and (not size or size == upright_size(image)):
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode == "P":  # a palette may hold transparent colours, which convert() warns of
-            image = image.convert("RGBA")
-        pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
-    return torch.tensor(pixels).permute(2, 0, 1)  # (3, H, W)
+        return pixels(image, turn=not size or size == upright_size(image))
+
+
+def pixels(image: Image.Image, turn: bool = True) -> Tensor:
+    """An image of any mode -> (3, H, W) uint8 RGB, rotated as EXIF says unless `turn` is false."""
+    if turn and image.format != "PNG" and image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P":  # a palette may hold transparent colours, which convert() warns of
+        image = image.convert("RGBA")
+    array = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
+    return torch.tensor(array).permute(2, 0, 1)  # (3, H, W)
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
@@ -319,10 +324,11 @@ class Example:
 
     image: str  # path of the file
     expression: str
-    boxes: tuple[Box, ...]  # empty: the expression has no target
+    boxes: tuple[Box, ...] | None  # empty: the expression has no target; None: the row does not state them
     size: tuple[int, int] | None  # (width, height) if the row states them
     kind: str  # a label that accuracy is reported by, may be empty
     where: str  # "file:line", for messages
+    name: str | int = ""  # the image as the row names it
 
 
 # The expressions of one object (or set of objects) of one image. A training epoch draws one of them.
@@ -343,11 +349,12 @@ def fingerprint(splits: Sequence[Sequence[Row]]) -> str:
     return digest.hexdigest()
 
 
-def read_rows(settings: dict, split: str, faults: list[InputError] | None = None) -> list[Row]:
+def read_rows(settings: dict, split: str, faults: list[InputError] | None = None, need_boxes: bool = True) -> list[Row]:
     """The rows of one split. `settings` is the section `data` of a config; its `annotations` names either a JSON Lines
     file with {split} in its name or an official instances.json, which holds every split.
 
-    InputError names file and line of the first malformed row; if a list `faults` is given, all of them go there.
+    InputError names file and line of the first malformed row; if a list `faults` is given, all of them go there. Rows
+    without "boxes" are malformed unless `need_boxes` is false.
     """
     path = Path(settings["annotations"].replace("{split}", split))
     if path.suffix == ".json":
@@ -361,7 +368,7 @@ def read_rows(settings: dict, split: str, faults: list[InputError] | None = None
     rows = []
     for where, row in items:
         with located(where, faults):
-            rows.append(_row(json.loads(row) if isinstance(row, bytes) else row, where, settings))
+            rows.append(_row(json.loads(row) if isinstance(row, bytes) else row, where, settings, need_boxes))
     if not rows and not faults:
         raise InputError(f"{path}: holds no row of split {split!r}")
     return rows
@@ -399,10 +406,12 @@ def located(where: str | Path, faults: list[InputError] | None = None) -> Iterat
     faults.append(InputError(f"{where}: {fault}"))
 
 
-def _row(row: dict, where: str, settings: dict) -> Row:
+def _row(row: dict, where: str, settings: dict, need_boxes: bool = True) -> Row:
     """A row of our JSON Lines or of an official file -> Row."""
     if isinstance(row, dict) and {"image_id", "bbox"} <= row.keys():
         row = _official(row)
+    boxes_are_stated = need_boxes or not isinstance(row, dict) or "boxes" in row
+    row = row if boxes_are_stated else {**row, "boxes": []}
     if not isinstance(row, dict) or not {"image", "boxes"} <= row.keys():
         raise InputError(f'expected an object with "image", "expressions" and "boxes", not {brief(row)}')
     expressions, kind, size = row.get("expressions"), row.get("kind", ""), (row.get("width"), row.get("height"))
@@ -423,7 +432,8 @@ def _row(row: dict, where: str, settings: dict) -> Row:
         check_expression(expression)
         for box in boxes:
             check_box(box, size)
-        examples.append(Example(path, expression, tuple(tuple(map(float, b)) for b in boxes), size, str(kind), where))
+        boxes = tuple(tuple(map(float, b)) for b in boxes) if boxes_are_stated else None
+        examples.append(Example(path, expression, boxes, size, str(kind), where, row["image"]))
     return tuple(examples)
 
 
