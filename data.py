@@ -84,20 +84,21 @@ class Dataset:
     def examples(self) -> list[Example]:
         return expand(self.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, str, Tensor, int]:
-        """(image (3, S, S) uint8, expression, boxes (n, 4) cxcywh in 0..1, index)."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, str, Tensor, int, tuple[int, int]]:
+        """(image (3, S, S) uint8, expression, boxes (n, 4) cxcywh in 0..1, index, (width, height) before resizing)."""
         epoch, index = key
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         row = self.rows[index]
         example = row[rng.randrange(len(row))]  # each epoch trains on one expression of the row
         image = read_image(example.image, example.size, example.where)  # (3, H, W)
-        boxes = clip_boxes(example.boxes, image.shape[2], image.shape[1])  # (n, 4) xyxy pixels
+        boxes = clip_boxes(example.boxes or (), image.shape[2], image.shape[1])  # (n, 4) xyxy pixels
         if self.jitter:
             image, boxes = large_scale_jitter(image, boxes, self.jitter, self.image_size, rng)
         # The image is stretched to a square, so boxes are relative to width and height from here on.
         height, width = image.shape[1:]
         boxes = box_convert(boxes, "xyxy", "cxcywh") / torch.tensor([width, height, width, height])  # (n, 4)
-        return resize(image, self.image_size, self.image_size), example.expression, boxes.float(), index
+        resized = resize(image, self.image_size, self.image_size)  # (3, S, S)
+        return resized, example.expression, boxes.float(), index, (width, height)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list | InputError:
         """What a DataLoader calls. It would add a traceback to an InputError that is raised here, so it is returned."""
@@ -156,7 +157,7 @@ class Collate:
     def __call__(self, examples: list | InputError) -> Batch | InputError:
         if isinstance(examples, InputError):
             return examples
-        images, expressions, boxes, index = zip(*examples, strict=True)
+        images, expressions, boxes, index, _ = zip(*examples, strict=True)
         counts = torch.tensor([len(each) for each in boxes])  # (B,)
         padded = torch.zeros(len(boxes), max(1, counts.max().item()), 4)  # (B, M, 4); M is 1 where there is no box
         for row, each in zip(padded, boxes, strict=True):
@@ -730,7 +731,7 @@ def show(config: dict, split: str, number: int, path: str) -> None:
         height, width = image.shape[1:]
         boxes = clip_boxes(example.boxes, width, height) / torch.tensor([width, height, width, height])
         pictures.append(draw(image, {"truth": boxes}, example.expression))
-        seen, _, moved, _ = dataset[0, i]
+        seen, _, moved, *_ = dataset[0, i]
         text, cut = tokenizer.seen(example.expression, config["data"]["max_tokens"])
         if cut:
             tqdm.write(f"{example.where}: {example.expression!r} is cut after {text!r} (data.max_tokens)")
