@@ -211,7 +211,7 @@ def evaluate_dataset(
     """A `record` of each example of `load_split`, in order, on every rank. `after_batch` may raise to end early.
 
     Every batch belongs to one rank, so no answer depends on their number. `workers` threads read images, and `at_once`
-    of them use the model at a time. With a file `answers`, lines are added to it, where unreadable images are an "error".
+    of them use the model at a time. Lines are added to the file `answers`, then unreadable images are an "error".
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     was_training, results, turn, pool = model.training, [], Semaphore(at_once), ThreadPoolExecutor(max(1, workers))
