@@ -683,13 +683,10 @@ def join_ranks(name: str | None = None) -> tuple[int, int, torch.device]:
     keep_freed_memory()
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     name, gpus = name or ("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.device_count()
-    chosen, mps = f"cuda:{local}" if name == "cuda" else name, torch.backends.mps.is_available()
-    if (
-        chosen not in ["cpu", *["mps"] * mps, *(f"cuda:{i}" for i in range(gpus))]
-        or world > 1
-        and name == chosen != "cpu"
-    ):
-        raise InputError(f"no device {chosen} for rank {local} of {world} ranks: there are {gpus} GPUs, {int(mps)} mps")
+    chosen = f"cuda:{local}" if name == "cuda" else name
+    devices = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + [f"cuda:{i}" for i in range(gpus)]
+    if chosen not in devices or world > 1 and name not in ("cpu", "cuda"):
+        raise InputError(f"rank {local} of {world}: no device {chosen}; there are {', '.join(devices)} ({gpus} GPUs)")
     device = torch.device(chosen)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -198,6 +198,22 @@ def test_the_first_screen_shows_wrong_answers_first_and_every_card_has_its_pictu
     assert not faults
 
 
+def test_answers_can_be_sorted_by_agreement_and_a_curve_shows_the_accuracy_of_the_most_agreed(browser, tmp_path):
+    write(tmp_path, 24)
+    page, faults = opened(browser, tmp_path)
+    page.select_option("#order", "lowest agreement first")
+    said = page.locator(".card small").all_inner_texts()
+    values = [float(text.split("agreement ")[1].split(",")[0]) for text in said]
+    assert values == sorted(values) and values[0] == 0 and values[-1] == 1
+    assert page.locator("#curve polyline").count() == 2
+    for branch, right in (("decoder", 18), ("token", 16)):
+        points = page.locator(f"#curve polyline.{branch}").get_attribute("points").split()
+        last = [float(number) for number in points[-1].split(",")]
+        assert len(points) == 24 and last == pytest.approx([200, 100 - 100 * right / 24])
+    page.screenshot(path=tmp_path / "report.png")
+    assert not faults
+
+
 def test_an_expression_with_a_script_shows_as_text(browser, tmp_path):
     write(tmp_path, 30)
     page, faults = opened(browser, tmp_path)
