@@ -83,22 +83,25 @@ class Dataset:
     def examples(self) -> list[Example]:
         return expand(self.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, str, Tensor, int]:
-        """(image (3, S, S) uint8, expression, boxes (n, 4) cxcywh in 0..1, index)."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, str, Tensor, int, tuple[int, int]]:
+        """(image (3, S, S) uint8, expression, boxes (n, 4) cxcywh in 0..1, index, (width, height) before resizing)."""
         epoch, index = key
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         row = self.rows[index]
         example = row[rng.randrange(len(row))]  # each epoch trains on one expression of the row
-        if self.read[0] != (example.image, example.size):
-            self.read = (example.image, example.size), read_image(example.image, example.size, example.where)
-        image = self.read[1]  # (3, H, W)
-        boxes = clip_boxes(example.boxes, image.shape[2], image.shape[1])  # (n, 4) xyxy pixels
+        opened = example.image, example.size
+        before, image = self.read  # as one pair, since evaluation reads in several threads
+        if before != opened:
+            image = read_image(example.image, example.size, example.where)  # (3, H, W)
+            self.read = opened, image
+        boxes = clip_boxes(example.boxes or (), image.shape[2], image.shape[1])  # (n, 4) xyxy pixels
         if self.jitter:
             image, boxes = large_scale_jitter(image, boxes, self.jitter, self.image_size, rng)
         # The image is stretched to a square, so boxes are relative to width and height from here on.
         height, width = image.shape[1:]
         boxes = box_convert(boxes, "xyxy", "cxcywh") / torch.tensor([width, height, width, height])  # (n, 4)
-        return resize(image, self.image_size, self.image_size), example.expression, boxes.float(), index
+        resized = resize(image, self.image_size, self.image_size)  # (3, S, S)
+        return resized, example.expression, boxes.float(), index, (width, height)
 
 
 class Tokenizer:
@@ -148,7 +151,7 @@ class Collate:
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
 
     def __call__(self, examples: list) -> Batch:
-        images, expressions, boxes, index = zip(*examples, strict=True)
+        images, expressions, boxes, index, _ = zip(*examples, strict=True)
         counts = torch.tensor([len(each) for each in boxes])  # (B,)
         padded = torch.zeros(len(boxes), max(1, counts.max().item()), 4)  # (B, M, 4); M is 1 where there is no box
         for row, each in zip(padded, boxes, strict=True):
@@ -253,14 +256,19 @@ def read_image(path: str, size: tuple[int, int] | None = None, where: str = "") 
     not rotated (D13). EXIF rotations by 180 degrees are always applied, because they keep the size.
     """
     with open_image(path, size, where) as image:
-        if image.format != "PNG" and (not size or size == upright_size(image)):
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode == "P":  # a palette may hold transparent colours, which convert() warns of
-            image = image.convert("RGBA")
-        pixels = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
-    return torch.tensor(pixels).permute(2, 0, 1)  # (3, H, W)
+        return pixels(image, turn=not size or size == upright_size(image))
+
+
+def pixels(image: Image.Image, turn: bool = True) -> Tensor:
+    """An image of any mode -> (3, H, W) uint8 RGB, rotated as EXIF says unless `turn` is false."""
+    if turn and image.format != "PNG" and image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip to 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P":  # a palette may hold transparent colours, which convert() warns of
+        image = image.convert("RGBA")
+    array = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
+    return torch.tensor(array).permute(2, 0, 1)  # (3, H, W)
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
@@ -311,10 +319,11 @@ class Example:
 
     image: str  # path of the file
     expression: str
-    boxes: tuple[Box, ...]  # empty: the expression has no target
+    boxes: tuple[Box, ...] | None  # empty: the expression has no target; None: the row does not state them
     size: tuple[int, int] | None  # (width, height) if the row states them
     kind: str  # a label that accuracy is reported by, may be empty
     where: str  # "file:line", for messages
+    name: str | int = ""  # the image as the row names it
 
 
 # The expressions of one object (or set of objects) of one image. A training epoch draws one of them.
@@ -335,11 +344,12 @@ def fingerprint(splits: Sequence[Sequence[Row]]) -> str:
     return digest.hexdigest()
 
 
-def read_rows(settings: dict, split: str, faults: list[InputError] | None = None) -> list[Row]:
+def read_rows(settings: dict, split: str, faults: list[InputError] | None = None, need_boxes: bool = True) -> list[Row]:
     """The rows of one split. `settings` is the section `data` of a config; its `annotations` names either a JSON Lines
     file with {split} in its name or an official instances.json, which holds every split.
 
-    InputError names file and line of the first malformed row; if a list `faults` is given, all of them go there.
+    InputError names file and line of the first malformed row; if a list `faults` is given, all of them go there. Rows
+    without "boxes" are malformed unless `need_boxes` is false.
     """
     path = Path(settings["annotations"].replace("{split}", split))
     if path.suffix == ".json":
@@ -353,7 +363,7 @@ def read_rows(settings: dict, split: str, faults: list[InputError] | None = None
     rows = []
     for where, row in items:
         with located(where, faults):
-            rows.append(_row(json.loads(row) if isinstance(row, bytes) else row, where, settings))
+            rows.append(_row(json.loads(row) if isinstance(row, bytes) else row, where, settings, need_boxes))
     if not rows and not faults:
         raise InputError(f"{path}: holds no row of split {split!r}")
     return rows
@@ -391,10 +401,12 @@ def located(where: str | Path, faults: list[InputError] | None = None) -> Iterat
     faults.append(InputError(f"{where}: {fault}"))
 
 
-def _row(row: dict, where: str, settings: dict) -> Row:
+def _row(row: dict, where: str, settings: dict, need_boxes: bool = True) -> Row:
     """A row of our JSON Lines or of an official file -> Row."""
     if isinstance(row, dict) and {"image_id", "bbox"} <= row.keys():
         row = _official(row)
+    boxes_are_stated = need_boxes or not isinstance(row, dict) or "boxes" in row
+    row = row if boxes_are_stated else {**row, "boxes": []}
     if not isinstance(row, dict) or not {"image", "boxes"} <= row.keys():
         raise InputError(f'expected an object with "image", "expressions" and "boxes", not {brief(row)}')
     expressions, kind, size = row.get("expressions"), row.get("kind", ""), (row.get("width"), row.get("height"))
@@ -415,7 +427,8 @@ def _row(row: dict, where: str, settings: dict) -> Row:
         check_expression(expression)
         for box in boxes:
             check_box(box, size)
-        examples.append(Example(path, expression, tuple(tuple(map(float, b)) for b in boxes), size, str(kind), where))
+        boxes = tuple(tuple(map(float, b)) for b in boxes) if boxes_are_stated else None
+        examples.append(Example(path, expression, boxes, size, str(kind), where, row["image"]))
     return tuple(examples)
 
 
@@ -714,7 +727,7 @@ def show(config: dict, split: str, number: int, path: str) -> None:
         height, width = image.shape[1:]
         boxes = clip_boxes(example.boxes, width, height) / torch.tensor([width, height, width, height])
         pictures.append(draw(image, {"truth": boxes}, example.expression))
-        seen, _, moved, _ = dataset[0, i]
+        seen, _, moved, *_ = dataset[0, i]
         text, cut = tokenizer.seen(example.expression, config["data"]["max_tokens"])
         if cut:
             tqdm.write(f"{example.where}: {example.expression!r} is cut after {text!r} (data.max_tokens)")

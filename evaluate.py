@@ -2,6 +2,7 @@
 
     python evaluate.py --ckpt runs/shapes/best.pt                              # accuracy on every split of its config
     python evaluate.py --ckpt best.pt --image photo.jpg --text "the left dog"  # boxes with scores, and a picture
+    python evaluate.py --ckpt best.pt --answers answers.jsonl                  # accuracy, and a file with every answer
     python evaluate.py --ckpt best.pt --report report.html                     # accuracy, and a page with every answer
     python evaluate.py --ckpt best.pt --attention --split test                 # how much attention the true box gets
     python evaluate.py --curves runs/a runs/b --save curves.png                # losses and accuracy of several runs
@@ -24,10 +25,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from threading import Semaphore
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -46,7 +51,9 @@ BRANCHES = ("decoder", "token")
 TARGET_GROUPS = ("no target", "one target", "several targets")
 INKS = ("black", "royalblue", "darkorange", "seagreen", "crimson", "purple", "saddlebrown", "deeppink", "olive", "teal")
 PICTURES = 3000  # images in a report at most, some 9 kB each; the three evaluation splits of RefCOCO have as many
-Answers = dict[str, "Result"]  # {branch: its answer} to one expression
+GROUP = 16  # expressions that the command line computes together
+Found = dict[str, tuple[Tensor, Tensor]]  # {branch: scores (n,), the highest first, and boxes (n, 4) xyxy in 0..1}
+Line = dict[str, Any]  # all about one expression, see `record`
 
 
 # ----------------------------------------------------------------------------------------------------- metrics
@@ -68,21 +75,27 @@ def grec_correct(scores: Tensor, boxes_xyxy: Tensor, truth_xyxy: Tensor, thresho
     answers = boxes_xyxy[scores.double() >= threshold]  # in float32, 0.7 is rounded down and 0.69999999 would pass
     if len(answers) != len(truth_xyxy):
         return False
-    giou = generalized_box_iou(answers, truth_xyxy.to(answers))  # (n, n)
-    for _ in range(len(truth_xyxy)):
-        row, column = divmod(int(giou.argmax()), len(truth_xyxy))
-        if giou[row, column] < MIN_IOU:
-            return False
-        giou[row], giou[:, column] = -1, -1  # both boxes of this pair are taken
-    return True
+    return all(giou >= MIN_IOU for giou in pair(generalized_box_iou(answers, truth_xyxy.to(answers))))
 
 
-class Result(NamedTuple):
-    """The answer of one branch to one expression."""
+def pair(overlap: Tensor) -> list[float]:
+    """Overlaps (n, m) of boxes -> those of min(n, m) pairs: the best pair first, then the best of the boxes left."""
+    overlap, pairs = overlap.clone(), []
+    for _ in range(min(overlap.shape)):
+        row, column = divmod(int(overlap.argmax()), overlap.shape[1])
+        pairs.append(overlap[row, column].item())
+        overlap[row], overlap[:, column] = -1, -1  # both boxes of this pair are taken
+    return pairs
 
-    correct: bool
-    scores: Tensor  # (n,) the highest first; in REC n is 1
-    boxes: Tensor  # (n, 4) xyxy in 0..1
+
+def agreement(found: Found) -> float | None:
+    """How far the boxes of both branches agree, 0..1: in REC their IoU; in gREC the sum of the IoUs of greedy pairs
+    over the larger number of boxes, 1 where there are none. None where only one branch answered."""
+    if len(found) == 1:
+        return None
+    boxes = [boxes.double() for _, boxes in found.values()]  # (n, 4) and (m, 4)
+    most = max(map(len, boxes))
+    return sum(pair(box_iou(*boxes).nan_to_num(0))) / most if most else 1.0
 
 
 def pick_answers(logits: Tensor, boxes: Tensor, threshold: float = THRESHOLD) -> list[tuple[Tensor, Tensor]]:
@@ -100,34 +113,37 @@ def pick_answers(logits: Tensor, boxes: Tensor, threshold: float = THRESHOLD) ->
     return answers
 
 
-def score_answers(logits: Tensor, boxes: Tensor, truth: Tensor, truth_mask: Tensor, size: int) -> list[Result]:
-    """logits (B, Q, 2), boxes (B, Q, 4), truth (B, M, 4), truth_mask (B, M) -> B results, compared at `size` pixels."""
-    answers = pick_answers(logits, boxes)
-    truth, truth_mask = box_convert(truth.float().cpu(), "cxcywh", "xyxy") * size, truth_mask.cpu()
-    if logits.shape[1] == 1:
-        # REC has one target; rows of the mixed sets may state several, then the first one counts.
-        first = torch.cat([b for _, b in answers]) * size  # (B, 4)
-        correct = (rec_correct(first, truth[:, 0]) & truth_mask[:, 0]).tolist()
-    else:
-        each = zip(answers, truth, truth_mask, strict=True)
-        correct = [grec_correct(s, b * size, t[mask]) for (s, b), t, mask in each]
-    # Clones, because a view would be sent to the other ranks with its whole batch.
-    return [Result(right, s.clone(), b.clone()) for right, (s, b) in zip(correct, answers, strict=True)]
+def record(example: data.Example, found: Found, size: tuple[int, int], grec: bool) -> Line:
+    """What was found for an example: boxes in pixels of its image of this (width, height), and how right they are."""
+    line: Line = {}
+    if example.boxes is not None:
+        truth = data.clip_boxes(example.boxes, *size)[: None if grec else 1]  # (m, 4); in REC the first one counts
+        line["truth"] = truth.round(decimals=2).tolist()
+    for branch, (scores, boxes) in found.items():
+        boxes = boxes.double().nan_to_num(0) * torch.tensor([*size, *size])  # (n, 4)
+        line[branch] = {"boxes": boxes.round(decimals=2).tolist(), "scores": [round(s, 4) for s in scores.tolist()]}
+        if example.boxes is not None:
+            iou = float(len(truth) == len(boxes))  # where nothing is to be found or nothing was answered
+            if len(truth) and len(boxes):
+                iou = box_iou(truth, boxes).nan_to_num(0).amax(1).mean().item()  # of each true box, its best answer
+            right = grec_correct(scores, boxes, truth, 0) if grec else bool(rec_correct(boxes, truth).any())
+            line[branch] |= {"iou": round(iou, 4), "correct": right}
+    agreed = agreement(found)
+    return line | {"agreement": agreed if agreed is None else round(agreed, 4)}
 
 
-def share_correct(results: Sequence[Answers], branch: str) -> float:
-    return sum(result[branch].correct for result in results) / len(results)
+def shares(results: Sequence[Line]) -> dict[str, float]:
+    """{branch: share of correct answers}."""
+    count = len(results)
+    return {name: sum(line[name]["correct"] for line in results) / count for name in BRANCHES if name in results[0]}
 
 
-def summary(results: Sequence[Answers], examples: Sequence[data.Example], grec: bool) -> dict[str, float]:
+def summary(results: Sequence[Line], examples: Sequence[data.Example], grec: bool) -> dict[str, float]:
     """The figures of a split: n and {branch}_acc in REC; n, n_none, {branch}_f1 and {branch}_nacc in gREC."""
     none = [result for result, example in zip(results, examples, strict=True) if not example.boxes]
     figures = {"n": len(results), "n_none": len(none)} if grec else {"n": len(results)}
-    for branch in results[0]:
-        figures[f"{branch}_f1" if grec else f"{branch}_acc"] = share_correct(results, branch)
-        if grec and none:
-            figures[f"{branch}_nacc"] = share_correct(none, branch)
-    return figures
+    figures |= {f"{branch}_f1" if grec else f"{branch}_acc": share for branch, share in shares(results).items()}
+    return figures | ({f"{branch}_nacc": share for branch, share in shares(none).items()} if grec and none else {})
 
 
 def groups_of(example: data.Example) -> list[str]:
@@ -136,17 +152,34 @@ def groups_of(example: data.Example) -> list[str]:
     return [TARGET_GROUPS[min(len(example.boxes), 2)], *([kind] if kind else [])]
 
 
-def by_kind(results: Sequence[Answers], examples: Sequence[data.Example]) -> dict[str, dict[str, float]]:
+def by_kind(results: Sequence[Line], examples: Sequence[data.Example]) -> dict[str, dict[str, float]]:
     """{group: {"n": its size, branch: share of correct answers}} for each group but one that holds all examples."""
     groups: dict[str, list] = {}
     for result, example in zip(results, examples, strict=True):
         for name in groups_of(example):
             groups.setdefault(name, []).append(result)
     return {
-        name: {"n": len(group)} | {branch: share_correct(group, branch) for branch in group[0]}
-        for name, group in sorted(groups.items())
-        if len(group) < len(examples)
+        name: {"n": len(group), **shares(group)} for name, group in sorted(groups.items()) if len(group) < len(examples)
     }
+
+
+def by_agreement(results: Sequence[Line]) -> dict[str, dict[str, float]]:
+    """More lines like those of `by_kind`, where both branches answered: accuracy where they agree well, partly, hardly;
+    and AUROC, the share of pairs of a right and a wrong answer in which they agree more on the right one."""
+    values = [line["agreement"] for line in results]
+    if None in values:
+        return {}
+    rows, values = {}, torch.tensor(values)
+    for name, low, high in (("agree >= 0.9", 0.9, 2), ("agree 0.5-0.9", 0.5, 0.9), ("agree < 0.5", -1, 0.5)):
+        if group := [line for line in results if low <= line["agreement"] < high]:
+            rows[f"{name:<13}{len(group) / len(results):>5.0%}"] = {"n": len(group), **shares(group)}
+    rows["AUROC"] = {"n": len(results)}
+    for branch in shares(results):
+        is_right = torch.tensor([line[branch]["correct"] for line in results])
+        right, wrong = values[is_right], values[~is_right].sort().values
+        won = sum(torch.searchsorted(wrong, right, right=ties).sum().item() for ties in (False, True))  # twice
+        rows["AUROC"][branch] = won / (2 * len(right) * len(wrong) or float("nan"))
+    return rows
 
 
 def mean_box_accuracy(train: Sequence[data.Example], examples: Sequence[data.Example]) -> float | None:
@@ -164,7 +197,6 @@ def mean_box_accuracy(train: Sequence[data.Example], examples: Sequence[data.Exa
 # ------------------------------------------------------------------------------------ evaluation and grounding
 
 
-@torch.inference_mode()
 def evaluate_dataset(
     model: models.SimVG,
     dataset: data.Dataset,
@@ -175,75 +207,137 @@ def evaluate_dataset(
     amp: torch.dtype | None = None,
     title: str = "",
     after_batch: Callable[[], None] = lambda: None,
-) -> list[Answers]:
-    """The answers to the examples of `load_split`, in order, on every rank. `after_batch` may raise to end early."""
+    threshold: float = THRESHOLD,
+    answers: str | None = None,
+    at_once: int = 1,
+) -> list[Line]:
+    """A `record` of each example of `load_split`, in order, on every rank. `after_batch` may raise to end early.
+
+    Every batch belongs to one rank, so no answer depends on their number. `workers` threads read images, and `at_once`
+    of them use the model at a time. Lines are added to the file `answers`, then unreadable images are an "error".
+    """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    was_training = model.training
+    was_training, results, turn, pool = model.training, [], Semaphore(at_once), ThreadPoolExecutor(max(1, workers))
+    batches = [range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)]
+
+    def answer(numbers: range) -> list[Line]:
+        examples, items = [dataset.rows[number][0] for number in numbers], []
+        lines = [{"image": example.name, "expression": example.expression} for example in examples]
+        for number, line in zip(numbers, lines, strict=True):
+            try:
+                items.append(dataset[0, number])
+            except InputError as error:
+                if not answers:
+                    raise
+                line["error"] = str(error)
+        with turn:
+            found = find(model, items, collate, branch, amp, threshold) if items else []
+        for (*_, number, size), each in zip(items, found, strict=True):
+            i = number - numbers[0]
+            lines[i] |= record(examples[i], each, size, model.tqg.query_embed.num_embeddings > 1)
+        return lines
+
+    mine = (pool.map if workers > 1 else map)(answer, batches[rank::world])
     model.eval()
-    mine = range(rank, len(dataset), world)  # each example belongs to exactly one rank
-    results: dict[int, Answers] = {}
-    while len(results) < len(mine):
-        starts = range(len(results), len(mine), batch_size)
-        keys = [[(0, index) for index in mine[start : start + batch_size]] for start in starts]  # (epoch, index)
-        stream = data.batches(dataset, collate, keys, workers, pin=model.device.type == "cuda")
-        try:
-            for batch in tqdm(stream, title, len(keys), disable=None if title and rank == 0 else True, leave=False):
-                results |= evaluate_batch(model, batch.to(model.device), branch, amp)
-                after_batch()
-        except torch.OutOfMemoryError:  # go on from here with batches of half the size
-            if batch_size == 1:
-                raise
-            batch_size //= 2
-    if world > 1:  # every rank gets the results of all
-        parts: list = [None] * world
-        dist.all_gather_object(parts, results)
-        results = {index: result for part in parts for index, result in part.items()}
+    try:
+        for _ in tqdm(batches[::world], title, disable=None if title and rank == 0 else True, leave=False):
+            parts = [next(mine, [])] * world
+            if world > 1:
+                dist.all_gather_object(parts, parts[rank])
+            results += (lines := list(chain(*parts)))
+            if answers and rank == 0:
+                with open(answers, "a") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+            after_batch()
+    finally:
+        pool.shutdown(cancel_futures=True)
     model.train(was_training)
-    assert len(results) == len(dataset), "an expression was counted twice or never"
-    return [results[index] for index in range(len(dataset))]
-
-
-def evaluate_batch(model: models.SimVG, batch: data.Batch, branch: str, amp: torch.dtype | None) -> dict[int, Answers]:
-    """{number of the example: the answers to it} of one batch."""
-    output = model(batch.images, batch.tokens, batch.text_pad, branch, amp)
-    scored = {}
-    for name, answer in output.answers().items():
-        scored[name] = score_answers(*answer, batch.boxes, batch.box_mask, model.image_size)
-    return {index: {name: results[i] for name, results in scored.items()} for i, index in enumerate(batch.index)}
+    return results
 
 
 @torch.inference_mode()
+def find(
+    model: models.SimVG, items: list, collate: data.Collate, branch: str, amp: torch.dtype | None, threshold: float
+) -> list[Found]:
+    """What the model finds for items of a Dataset; in halves where the memory does not suffice for all."""
+    try:
+        batch = collate(items).to(model.device)
+        answers = model(batch.images, batch.tokens, batch.text_pad, branch, amp).answers()
+        picked = [pick_answers(*each, threshold) for each in answers.values()]
+        return [dict(zip(answers, each, strict=True)) for each in zip(*picked, strict=True)]
+    except torch.OutOfMemoryError:
+        if len(items) == 1:
+            raise
+    halves = items[: len(items) // 2], items[len(items) // 2 :]
+    return sum((find(model, half, collate, branch, amp, threshold) for half in halves), [])
+
+
+class Answer(NamedTuple):
+    """What `ground` finds for a phrase: in REC one box, in gREC all whose score reaches the threshold, maybe none."""
+
+    boxes: Tensor  # (n, 4) xyxy in pixels of the image, the best first
+    scores: Tensor  # (n,)
+    agreement: float | None  # of both branches, see `agreement`; None unless both were trained
+
+
 def ground(
     model: models.SimVG,
-    image: str | Path | Tensor,
+    image: str | Path | Image.Image | np.ndarray | Tensor | list,
     texts: Sequence[str],
     tokenizer: data.Tokenizer,
     branch: str = "token",
     threshold: float = THRESHOLD,
     max_tokens: int | None = None,
     amp: torch.dtype | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    """Find phrases in one image (a path, or (3, H, W) uint8 RGB): for each, boxes (n, 4) xyxy in pixels, scores (n,).
+) -> list[Answer] | list[list[Answer]]:
+    """An Answer for each phrase about an image: a path, a PIL image, an RGB array (H, W, 3) uint8 or a tensor (3, H, W)
+    uint8; for a list of images, a list of such lists.
 
-    A model for REC answers one box; a model for gREC every box whose score reaches the threshold, best first, maybe
-    none. `max_tokens` is what the model was trained with, unless given; a warning tells which phrase was cut there.
+    `max_tokens` is what the model was trained with, unless given; a warning tells which phrase was cut there.
     """
-    picture = image if isinstance(image, Tensor) else data.read_image(str(image))
-    if picture.dtype != torch.uint8 or picture.shape[:-2] != (3,) or isinstance(texts, str):
-        given = f"{tuple(picture.shape)} {picture.dtype} and {texts!r:.60}"
-        raise InputError(f"expected an image (3, H, W) uint8 and a list of phrases, not {given}")
+    if isinstance(image, list | tuple):
+        return [ground(model, each, texts, tokenizer, branch, threshold, max_tokens, amp) for each in image]
+    picture = to_tensor(image)  # (3, H, W)
+    if isinstance(texts, str):
+        raise InputError(f"expected a list of phrases, not {texts!r:.60}")
     check_tokenizer(model, tokenizer)
     max_tokens = max_tokens or model.max_tokens or 20  # a model that was not loaded from a file knows no number
+    check_phrases(texts, tokenizer, max_tokens)
+    both = model.config and trained_branch(model.config["train"]) == "both"
+    resized = data.resize(picture, model.image_size, model.image_size)  # (3, S, S)
+    items = [(resized, text, torch.empty(0, 4), 0, None) for text in texts]
+    found = find(model, items, data.Collate(tokenizer, max_tokens), "both" if both else branch, amp, threshold)
+    scale = torch.tensor([picture.shape[2], picture.shape[1]] * 2)
+    return [Answer(each[branch][1] * scale, each[branch][0], agreement(each)) for each in found]
+
+
+def to_tensor(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:
+    """What `ground` takes for an image -> (3, H, W) uint8."""
+    if isinstance(image, str | Path | Image.Image):
+        return data.pixels(image) if isinstance(image, Image.Image) else data.read_image(str(image))
+    kind, shape = str(getattr(image, "dtype", type(image).__name__)), tuple(getattr(image, "shape", ()))
+    is_array = isinstance(image, np.ndarray)
+    if not kind.endswith("uint8") or len(shape) != 3 or 0 in shape or shape[2 if is_array else 0] != 3:
+        wanted = "a path, a PIL image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8"
+        raise InputError(f"expected as an image {wanted}, not {kind} {shape or ''}")
+    return torch.tensor(np.ascontiguousarray(image)).permute(2, 0, 1) if is_array else image
+
+
+def check_phrases(texts: Sequence[str], tokenizer: data.Tokenizer, max_tokens: int) -> None:
+    """InputError for a phrase without a word, a warning for one that is too long."""
     for text in texts:
         data.check_expression(text, "a phrase (--text)")
         seen, was_cut = tokenizer.seen(text, max_tokens)
         if was_cut:
-            warnings.warn(f"{text!r} was cut, the model reads {seen!r}", stacklevel=2)
-    resized = data.resize(picture, model.image_size, model.image_size)  # (3, S, S)
-    inputs = (resized.expand(len(texts), -1, -1, -1), *tokenizer(texts, max_tokens))  # (B, 3, S, S), 2 of (B, L)
-    output = model(*(x.to(model.device) for x in inputs), branch, amp)
-    scale = torch.tensor([picture.shape[2], picture.shape[1]] * 2)
-    return [(boxes * scale, scores) for scores, boxes in pick_answers(*output.answers()[branch], threshold)]
+            warnings.warn(f"{text!r} was cut, the model reads {seen!r}", stacklevel=3)
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[models.SimVG, data.Tokenizer]:
+    """A checkpoint of train.py and the tokenizer that its config names. CheckpointError, InputError: any misfit."""
+    model = models.load(path, device)
+    if model.config is None:
+        raise InputError(f"{path}: an official checkpoint names no tokenizer: use model.load and data.Tokenizer")
+    return model, load_collate(model.config, model).tokenizer
 
 
 def check_tokenizer(model: models.SimVG, tokenizer: data.Tokenizer) -> None:
@@ -256,16 +350,22 @@ def check_tokenizer(model: models.SimVG, tokenizer: data.Tokenizer) -> None:
 # ----------------------------------------------------------------------- pictures, curves, attention, the report
 
 
-def draw_page(examples: Sequence[data.Example], results: Sequence[Answers], path: Path) -> None:
+def draw_page(examples: Sequence[data.Example], results: Sequence[Line], path: Path) -> None:
     """Save a page of examples, each with its true boxes and the answer of each branch."""
-    tiles = []
-    for example, result in zip(examples, results, strict=True):
-        image = data.read_image(example.image, example.size, example.where)  # (3, H, W)
-        size = image.shape[2], image.shape[1]  # width, height
-        truth = data.clip_boxes(example.boxes, *size) / torch.tensor([*size, *size])  # (m, 4) xyxy in 0..1
-        boxes = {"truth": truth} | {branch: answer.boxes for branch, answer in result.items()}
-        tiles.append(data.draw(image, boxes, example.expression))
-    data.tile(tiles, path, columns=4)
+    images = (data.read_image(example.image, example.size, example.where) for example in examples)
+    data.tile([draw_line(*pair) for pair in zip(images, results, strict=True)], path, columns=4)
+
+
+def draw_line(image: Tensor, line: Line, side: int = 280) -> Image.Image:
+    """image (3, H, W) with the boxes of a `record`."""
+    boxes = {name: line[name]["boxes"] for name in BRANCHES if name in line} | {"truth": line.get("truth", [])}
+    size = torch.tensor([image.shape[2], image.shape[1]] * 2)
+    boxes = {name: torch.tensor(each).reshape(-1, 4) / size for name, each in boxes.items()}
+    return data.draw(image, boxes, line["expression"] + agreed(line), side)
+
+
+def agreed(line: Line) -> str:
+    return "" if line["agreement"] is None else f", agreement {line['agreement']:.2f}"
 
 
 def draw_curves(folders: Sequence[str | Path], path: str | Path) -> None:
@@ -376,8 +476,8 @@ def draw_attention(model: models.SimVG, image: Tensor, texts: Sequence[str], col
     data.tile(tiles, path, columns)
 
 
-def report(path: str, title: str, splits: dict[str, tuple[list, list]], grec: bool) -> None:
-    """Write the answers as one HTML file that needs nothing else. `splits`: {name: (its examples, their answers)}."""
+def report(path: str, title: str, splits: dict[str, tuple[list, list]]) -> None:
+    """Write the answers as one HTML file that needs nothing else. `splits`: {name: (its examples, their `record`s)}."""
     # 1. Every answer in the report has its picture; of too many images, it holds the answers to an even spread of them.
     answers = [(split, *pair) for split, pairs in splits.items() for pair in zip(*pairs, strict=True)]
     images = list({example.image: example for _, example, _ in answers}.values())  # one example of each image
@@ -391,24 +491,11 @@ def report(path: str, title: str, splits: dict[str, tuple[list, list]], grec: bo
         picture.thumbnail((192, 192))
         picture.save(file := io.BytesIO(), "JPEG", quality=75)
         pictures[example.image]["jpeg"] = base64.b64encode(file.getvalue()).decode()
-    # 2. What the page shows of each answer, with boxes in pixels of the image.
+    # 2. What the page shows of each answer.
     rows = []
-    for split, example, result in (each for each in answers if each[1].image in pictures):
-        size = pictures[example.image]["size"]
-        truth = data.clip_boxes(example.boxes, *size)[: None if grec else 1]  # (m, 4); in REC the first one counts
-        row = {"split": split, "text": example.expression, "image": example.image, "where": example.where}
-        row |= {"groups": ["all", *groups_of(example)], "truth": truth.round(decimals=1).tolist()}
-        row |= {"branches": {}, "errors": 0, "iou": 0.0}  # the last two are sums over the branches, to sort by
-        for branch, answer in result.items():
-            boxes = answer.boxes.double().nan_to_num(0) * torch.tensor([*size, *size])  # (n, 4)
-            iou = float(len(truth) == len(boxes))  # where nothing is to be found or nothing was answered
-            if len(truth) and len(boxes):
-                iou = box_iou(truth, boxes).nan_to_num(0).amax(1).mean().item()  # of each true box, its best answer
-            scores = " ".join(f"{score:.2f}" for score in answer.scores.tolist()) or "none"
-            says = f"{branch} {'right' if answer.correct else 'wrong'}: IoU {iou:.2f}, score {scores}"
-            row["branches"][branch] = {"right": answer.correct, "says": says, "boxes": boxes.round(decimals=1).tolist()}
-            row |= {"errors": row["errors"] + (not answer.correct), "iou": row["iou"] + iou}
-        rows.append(row)
+    for split, example, line in (each for each in answers if each[1].image in pictures):
+        about = {"split": split, "where": example.where, "groups": ["all", *groups_of(example)]}
+        rows.append({**line, **about, "image": example.image})
     # 3. The file.
     title = f"{title}: {len(rows)} of {len(answers)} answers, to {len(images)} images"
     content = {"title": title, "splits": list(splits), "rows": rows, "pictures": pictures}
@@ -424,7 +511,8 @@ def main() -> None:
     if args.curves:
         draw_curves(args.curves, args.save or "curves.png")
         return print(f"picture: {args.save or 'curves.png'}")
-    rank, _, device = join_ranks()
+    rank, _, device = join_ranks(args.device)
+    warnings.formatwarning = lambda message, *_: f"evaluate.py: {message}\n"  # without the line of code
     model = models.load(args.ckpt, device)
     config = model.config
     if args.config:
@@ -445,40 +533,88 @@ def main() -> None:
         model.encoder.keep_in_16_bits(models.AMP[args.amp])
     if rank == 0:
         print(f"{args.ckpt}: {model.origin}")
-    if args.image is None:
-        evaluate_splits(args, model, config, args.branch or trained, rank)
-    elif rank == 0:
-        ground_phrases(args, model, config, args.branch or trained)
+    collate = load_collate(config, model)
+    if args.attention and not args.image:
+        for split in args.split or config["data"]["eval_splits"] if rank == 0 else ():
+            print_attention(split, model, load_split(config, split), collate, args.branch or trained)
+    else:
+        answer_questions(args, model, config, collate, args.branch or trained, rank)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def evaluate_splits(args: argparse.Namespace, model: models.SimVG, config: dict, branch: str, rank: int) -> None:
-    """Print a table for each split, and the same figures as a line of JSON; write the report."""
-    collate, grec = load_collate(config, model), config["model"]["queries"] > 1
-    options = {"workers": config["data"]["workers"], "amp": models.AMP[args.amp]}
-    everything = {}
-    for split in args.split or config["data"]["eval_splits"]:  # eval_splits: what train.py evaluates, too
-        dataset = load_split(config, split)
-        if args.attention:
-            if rank == 0:
-                print_attention(split, model, dataset, collate, branch)
-            continue
-        results = evaluate_dataset(model, dataset, collate, branch, title=split, **options)
-        everything[split] = dataset.examples, results
-        if rank == 0:
-            figures = summary(results, dataset.examples, grec)
-            print_table(split, figures, by_kind(results, dataset.examples))
+def answer_questions(
+    args: argparse.Namespace, model: models.SimVG, config: dict, collate: data.Collate, branch: str, rank: int
+) -> None:
+    """Answer everything, in the file of --answers if one is given; print boxes, or tables where the truth is known."""
+    check_phrases(args.text or (), collate.tokenizer, collate.max_tokens)
+    questions, workers, at_once, done = read_questions(args, config), config["data"]["workers"], 1, []
+    examples = list(chain(*questions.values()))
+    if args.answers:
+        done = read_answers(args.answers, examples)
+        if model.device.type == "cpu":
+            workers = at_once = torch.get_num_threads()
+            torch.set_num_threads(1)  # the last bits of a sum depend on the number of threads that share it
+
+    dataset = data.Dataset([(each,) for each in examples[len(done) :]], model.image_size)
+    options = {"amp": models.AMP[args.amp], "threshold": args.threshold, "answers": args.answers, "at_once": at_once}
+    lines = done + evaluate_dataset(model, dataset, collate, branch, GROUP, workers, title="answers", **options)
+    if rank == 0 and args.image and not args.answers:
+        show_boxes(args, lines, model, collate)
+    elif rank == 0:
+        print_accuracy(args, questions, lines, config["model"]["queries"] > 1)
+
+
+def print_accuracy(args: argparse.Namespace, questions: dict[str, list], lines: list[Line], grec: bool) -> None:
+    """Print the table of each split and its figures as a line of JSON; write the report."""
+    if faults := [line["error"] for line in lines if "error" in line]:
+        print(f"{len(faults):,} of {len(lines):,} expressions have no answer: {faults[0]}", file=sys.stderr)
+    rest, known = iter(lines), {}
+    for split, examples in questions.items():
+        if pairs := [each for each in zip(examples, rest, strict=False) if "truth" in each[1]]:
+            known[split] = examples, results = list(zip(*pairs, strict=True))
+            figures = summary(results, examples, grec)
+            print_table(split, figures, by_kind(results, examples) | by_agreement(results))
             print(json.dumps({"split": split, **figures}))
-    if args.report and rank == 0:
-        report(args.report, args.ckpt, everything, grec)
+    if args.report:
+        report(args.report, args.ckpt, known)
         print(f"report: {args.report}")
 
 
-def load_split(config: dict, split: str) -> data.Dataset:
-    """Every expression of a split, once. InputError if an image is missing or does not fit what its row says."""
+def read_questions(args: argparse.Namespace, config: dict) -> dict[str, list[data.Example]]:
+    """{name: examples} of what is to be answered: phrases about images, the rows of a file, or splits."""
+    if args.image:
+        endings = {ending for ending, name in Image.registered_extensions().items() if name in data.FORMATS}
+        paths: list[Path] = []
+        for path in map(Path, args.image):
+            inside = sorted(path.iterdir()) if path.is_dir() else ()
+            paths += [each for each in inside if each.suffix.lower() in endings] or [path]
+        return {"": [data.Example(str(p), text, None, None, "", "", str(p)) for p in paths for text in args.text]}
+    if args.rows:
+        settings = {**config["data"], "annotations": args.rows}
+        return {args.rows: data.expand(data.read_rows(settings, "", need_boxes=False))}
+    splits = args.split or config["data"]["eval_splits"]  # eval_splits: what train.py evaluates, too
+    return {split: load_split(config, split, check=not args.answers).examples for split in splits}
+
+
+def read_answers(path: str, examples: Sequence[data.Example]) -> list[Line]:
+    """The whole groups of lines of a stopped run; the file is cut behind them. InputError: not to these `examples`."""
+    with data.located(path), open(path, "ab+") as file:
+        file.seek(0)
+        lines = file.read().split(b"\n")[:-1]
+        if lines:
+            last, asked = json.loads(lines[-1]), examples[: len(lines)][-1]
+            if len(lines) > len(examples) or (last["image"], last["expression"]) != (asked.name, asked.expression):
+                raise InputError(f"line {len(lines)} answers something else; --resume goes on with the same input only")
+        lines = lines[: len(lines) // GROUP * GROUP]
+        file.truncate(sum(len(line) + 1 for line in lines))
+        return [json.loads(line) for line in lines]
+
+
+def load_split(config: dict, split: str, check: bool = True) -> data.Dataset:
+    """Every expression of a split, once. If `check`, InputError where an image is missing or misfits its row."""
     rows = [(example,) for example in data.expand(data.read_rows(config["data"], split))]
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if check and (not dist.is_initialized() or dist.get_rank() == 0):
         data.check_files(rows)
     return data.Dataset(rows, config["model"]["image_size"])
 
@@ -512,24 +648,22 @@ def print_table(split: str, figures: dict, kinds: dict[str, dict], baseline: flo
         print(f"{name:<18} {row['n']:>7}" + "".join(f"{100 * row[branch]:>18.2f}" for branch in branches))
 
 
-def ground_phrases(args: argparse.Namespace, model: models.SimVG, config: dict, branch: str) -> None:
-    """Print every box of every phrase with its score, and save a picture."""
-    collate, image = load_collate(config, model), data.read_image(args.image)  # (3, H, W)
-    amp, scale = models.AMP[args.amp], torch.tensor([image.shape[2], image.shape[1]] * 2)
-    warnings.formatwarning = lambda message, *_: f"evaluate.py: {message}\n"  # without the line of code
-    drawn: list[dict[str, Tensor]] = [{} for _ in args.text]
-    for name in BRANCHES if branch == "both" else [branch]:
-        found = ground(model, image, args.text, collate.tokenizer, name, THRESHOLD, collate.max_tokens, amp)
-        for text, boxes_of, (boxes, scores) in zip(args.text, drawn, found, strict=True):
-            boxes_of[name] = boxes / scale
-            if not len(boxes):
-                print(f"{name}: nothing in the image fits {text!r}")
-            for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
-                corners = " ".join(f"{value:.1f}" for value in box)
-                print(f"{name}: {text!r} box {corners} (x1 y1 x2 y2, pixels), score {score:.3f}")
-    path = args.save or f"{Path(args.image).with_suffix('')}_grounded.png"
-    side = max(280, min(1000, max(image.shape[1:])))
-    pictures = [data.draw(image, boxes_of, text, side) for text, boxes_of in zip(args.text, drawn, strict=True)]
+def show_boxes(args: argparse.Namespace, lines: Sequence[Line], model: models.SimVG, collate: data.Collate) -> None:
+    """Print every box with its score, and save a picture if all is about one image."""
+    several = len({line["image"] for line in lines}) > 1
+    for line in lines:
+        for name in (name for name in BRANCHES if name in line):
+            about = f"{line['image']}: {name}" if several else name
+            if not line[name]["boxes"]:
+                print(f"{about}: nothing in the image fits {line['expression']!r}{agreed(line)}")
+            for box, score in zip(line[name]["boxes"], line[name]["scores"], strict=True):
+                corners = " ".join(f"{value:.1f}" for value in box) + " (x1 y1 x2 y2, pixels)"
+                print(f"{about}: {line['expression']!r} box {corners}, score {score:.3f}{agreed(line)}")
+    if several:
+        return
+    image = data.read_image(lines[0]["image"])  # (3, H, W)
+    path = args.save or f"{Path(lines[0]['image']).with_suffix('')}_grounded.png"
+    pictures = [draw_line(image, line, max(280, min(1000, max(image.shape[1:])))) for line in lines]
     data.tile(pictures, path, columns=min(3, len(pictures)))
     print(f"picture: {path}")
     if args.attention:
@@ -548,36 +682,57 @@ def parse_arguments() -> argparse.Namespace:
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="such as data.images=DIR")
     add("--split", nargs="+", metavar="NAME", help="splits to evaluate (default: all of the config)")
     add("--branch", choices=BRANCHES, help="the branch that answers (default: all that were trained)")
-    add("--image", metavar="FILE", help="find phrases in this image")
+    add("--rows", metavar="FILE.jsonl", help="with --answers: rows to answer, which need no boxes")
+    add("--image", nargs="+", metavar="FILE", help="find phrases in these images or folders of images")
     add("--text", nargs="+", metavar="PHRASE", help="the phrases")
+    add("--threshold", type=float, default=THRESHOLD, metavar="SCORE", help="gREC: boxes from here on (default: 0.7)")
     add("--amp", choices=["bf16", "fp16"], default="", help="run the encoder in 16 bits")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
     add("--attention", action="store_true", help="show where tokens look: a picture, or a table")
+    add("--answers", metavar="FILE.jsonl", help="write every answer to this file, a line of JSON each")
+    add("--resume", action="store_true", help="go on with the file of --answers of a stopped run")
     add("--report", metavar="FILE.html", help="also write a page to browse the answers")
     add("--save", metavar="FILE.png", help="where the picture goes (default: IMAGE_grounded.png, curves.png)")
     args = parser.parse_args()
-    if (args.image is None) != (args.text is None):
-        parser.error("--image and --text go together")
-    if args.report and (args.image is not None or args.attention):
-        parser.error("--report goes with the evaluation of splits")
-    if args.save and args.image is None and not args.curves:
-        parser.error("--save goes with --image or --curves")
-    for option, name, endings in (("report", args.report, (".html",)), ("save", args.save, (".png", ".jpg", ".jpeg"))):
-        if name and not (name.lower().endswith(endings) and Path(name).absolute().parent.is_dir()):
-            parser.error(f"--{option} {name}: expected a file name that ends in {' or '.join(endings)}, in a folder")
+    answers, others = args.answers, sum(map(bool, (args.image, args.rows, args.split)))
+    is_first = os.environ.get("RANK", "0") == "0"  # another rank may see the file that the first one has just made
+    for is_wrong, message in (
+        ((args.image is None) != (args.text is None), "--image and --text go together"),
+        (args.report and (args.image or args.attention), "--report goes with the evaluation of splits"),
+        (args.save and not (args.image or args.curves), "--save goes with --image or --curves"),
+        ((args.rows or args.resume) and not answers, "--rows and --resume go with --answers"),
+        (answers and (args.attention or args.report or args.save), "--answers goes without other files"),
+        (others > 1, "only one of --image, --rows and --split can be answered"),
+        (
+            answers and not args.resume and is_first and Path(answers).exists(),
+            f"--answers {answers}: exists (--resume goes on)",
+        ),
+        (not 0 <= args.threshold <= 1, "--threshold: expected a score from 0 to 1"),
+    ):
+        if is_wrong:
+            parser.error(message)
+    endings = {"answers": (".jsonl",), "report": (".html",), "save": (".png", ".jpg", ".jpeg")}
+    for option, allowed in endings.items():
+        name = getattr(args, option)
+        if name and not (name.lower().endswith(allowed) and Path(name).absolute().parent.is_dir()):
+            parser.error(f"--{option} {name}: expected a file name that ends in {' or '.join(allowed)}, in a folder")
     return args
 
 
 # ----------------------------------------------------------------------------------- ranks and memory settings
 
 
-def join_ranks() -> tuple[int, int, torch.device]:
+def join_ranks(name: str | None = None) -> tuple[int, int, torch.device]:
     """(rank, number of ranks, device) of this process. Under torchrun it joins the other ranks."""
     keep_freed_memory()
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    name, gpus = name or ("cuda" if torch.cuda.is_available() else "cpu"), torch.cuda.device_count()
+    chosen = f"cuda:{local}" if name == "cuda" else name
+    devices = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + [f"cuda:{i}" for i in range(gpus)]
+    if chosen not in devices or world > 1 and name not in ("cpu", "cuda"):
+        raise InputError(f"rank {local} of {world}: no device {chosen}; there are {', '.join(devices)} ({gpus} GPUs)")
+    device = torch.device(chosen)
     if device.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise InputError(f"more ranks than GPUs: rank {local} of a machine with {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cuda.enable_cudnn_sdp(False)  # bugs of PyTorch: wrong gradients with masks, NaN for one query
@@ -605,9 +760,10 @@ PAGE = r"""<!doctype html><meta charset="utf-8"><title>SimVG report</title>
   #bar { position: sticky; top: 0; padding: .6rem 0; background: #181a1b; }
   #cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: .8rem; }
   .card { background: #222526; border-top: 3px solid #2a7; padding: .4rem; } .wrong { border-color: #c33; }
-  rect { fill: none; stroke: currentcolor; stroke-width: 2px; vector-effect: non-scaling-stroke; }
+  rect, polyline { fill: none; stroke: currentcolor; stroke-width: 2px; vector-effect: non-scaling-stroke; }
+  text { fill: #999; font-size: 9px; } #curve { width: 340px; float: right; }
   .truth { color: lime; stroke-dasharray: 7 5; } .decoder { color: orange; } .token { color: deepskyblue; }
-</style><p id="title"></p><table id="table"></table>
+</style><svg id="curve" viewBox="-30 -8 240 124"></svg><p id="title"></p><table id="table"></table>
 <div id="bar">
   <select id="split"></select> <select id="answers"></select> <select id="group"></select> <select id="order"></select>
   <input id="search" type="search" placeholder="search the text">
@@ -616,12 +772,18 @@ PAGE = r"""<!doctype html><meta charset="utf-8"><title>SimVG report</title>
 </div><div id="cards"></div>
 <script id="content" type="application/json">CONTENT</script><script>
 const byId = id => document.getElementById(id), data = JSON.parse(byId("content").textContent), perPage = 48;
-const branches = Object.keys(data.rows[0].branches), groups = [...new Set(data.rows.flatMap(row => row.groups))];
+const branches = ["decoder", "token"].filter(b => b in data.rows[0]);
+const groups = [...new Set(data.rows.flatMap(row => row.groups))];
+for (const row of data.rows) {
+  row.errors = branches.filter(b => !row[b].correct).length;
+  row.iou = branches.reduce((sum, b) => sum + row[b].iou, 0);
+}
 const filters = {"all answers": row => true, "a branch is wrong": row => row.errors, "all right": row => !row.errors};
-for (const b of branches) filters[`${b} wrong`] = row => !row.branches[b].right;
+for (const b of branches) filters[`${b} wrong`] = row => !row[b].correct;
 if (branches.length > 1) filters["one right, one wrong"] = row => row.errors === 1;
 const orders = {"wrong first": (a, b) => b.errors - a.errors, "as in the file": () => 0,
   "lowest IoU first": (a, b) => a.iou - b.iou, "highest IoU first": (a, b) => b.iou - a.iou};
+if (branches.length > 1) orders["lowest agreement first"] = (a, b) => a.agreement - b.agreement;
 const choices = {split: data.splits, answers: Object.keys(filters), group: groups, order: Object.keys(orders)};
 let page = 0, found = [];
 function make(parent, name, text = "", attributes = {}) {
@@ -635,15 +797,29 @@ function select() {
   const [split, answers, group, order] = Object.keys(choices).map(id => byId(id).value);
   const text = byId("search").value.toLowerCase();
   const fits = row => row.split === split && filters[answers](row) && row.groups.includes(group);
-  found = data.rows.filter(row => fits(row) && row.text.toLowerCase().includes(text)).sort(orders[order]);
+  found = data.rows.filter(row => fits(row) && row.expression.toLowerCase().includes(text)).sort(orders[order]);
   byId("table").replaceChildren();
   for (const name of groups) {
     const rows = found.filter(row => row.groups.includes(name)), line = make(byId("table"), "tr");
-    const percent = b => (100 * rows.filter(row => row.branches[b].right).length / rows.length).toFixed(2);
+    const percent = b => (100 * rows.filter(row => row[b].correct).length / rows.length).toFixed(2);
     const cells = rows.length ? [name, rows.length, ...branches.map(b => `${b} ${percent(b)} % right`)] : [];
     for (const cell of cells) make(line, "td", cell);
   }
+  if (branches.length > 1) curve();
   show(0);
+}
+function curve() {  // the accuracy of the answers that the branches agree most on, over their share
+  const svg = byId("curve"), sorted = [...found].sort((a, b) => b.agreement - a.agreement), count = sorted.length;
+  svg.replaceChildren();
+  make(svg, "rect", "", {width: 200, height: 100});
+  for (const [x, y, text] of [[-28, 8, "100 %"], [-28, 100, "right"], [0, 112, "share answered, most agreed first"]])
+    make(svg, "text", text, {x, y});
+  for (const b of branches) {
+    let right = 0;
+    const points = sorted.map((row, i) => [200 * (i + 1) / count, 100 - 100 * (right += row[b].correct) / (i + 1)]);
+    const some = points.filter((_, i) => i % Math.ceil(count / 400) === 0 || i === count - 1);
+    make(svg, "polyline", "", {class: b, points: some.join(" ")});
+  }
 }
 function show(number) {
   const pages = Math.ceil(found.length / perPage) || 1;
@@ -655,12 +831,16 @@ function show(number) {
     const {size: [width, height], jpeg} = data.pictures[row.image];
     const svg = make(card, "svg", "", {viewBox: `0 0 ${width} ${height}`});
     make(svg, "image", "", {href: "data:image/jpeg;base64," + jpeg, width, height});
-    for (const [name, {boxes}] of [...Object.entries(row.branches), ["truth", {boxes: row.truth}]])
+    for (const [name, boxes] of [...branches.map(b => [b, row[b].boxes]), ["truth", row.truth]])
       for (const [x, y, right, bottom] of boxes)
         make(svg, "rect", "", {class: name, x, y, width: right - x, height: bottom - y});
-    make(card, "div", row.text);
-    for (const b of branches) make(card, "div", row.branches[b].says, {class: b});
-    make(card, "small", [...row.groups.slice(1), row.where].join(", "));
+    make(card, "div", row.expression);
+    for (const b of branches) {
+      const {correct, iou, scores} = row[b], said = scores.map(score => score.toFixed(2)).join(" ") || "none";
+      make(card, "div", `${b} ${correct ? "right" : "wrong"}: IoU ${iou.toFixed(2)}, score ${said}`, {class: b});
+    }
+    const agreed = branches.length > 1 ? ["agreement " + row.agreement.toFixed(2)] : [];
+    make(card, "small", [...agreed, ...row.groups.slice(1), row.where].join(", "));
   }
 }
 for (const [id, names] of Object.entries(choices)) {

@@ -375,9 +375,8 @@ def end_to_end(table: Table, net: models.SimVG, batch: int, rounds: int) -> None
                 x = random._replace(images=images.to(DEVICE))
                 output = plain_forward(net, *(each[: len(images)] for each in x[:3]), "both", amp)
                 for i in range(len(images)):
-                    evaluate.score_answers(
-                        output[2][i : i + 1], output[3][i : i + 1], x.boxes[:1], x.box_mask[:1], size
-                    )
+                    ((_, box),) = evaluate.pick_answers(output[2][i : i + 1], output[3][i : i + 1])
+                    evaluate.rec_correct(box * size, x.boxes[0, :1].cpu())
 
         nets = {None: net, torch.bfloat16: in_16_bits(net)}
         calls = {f"plain {name}": partial(plain, amp) for name, amp in PRECISIONS.items()}

@@ -16,26 +16,27 @@ from conftest import ROOT, program, tiny_inputs, tiny_model
 NASTY = '<script>window.hacked = 1</script><img src=x onerror="window.hacked = 1"> "left" & </dog>'
 
 
-def example(folder, i: int, grec: bool) -> tuple[data.Example, dict[str, evaluate.Result]]:
+def example(folder, i: int, grec: bool) -> tuple[data.Example, dict]:
     """Row i: right in the decoder unless i % 4 is 0, in the token branch unless i % 3 is 0."""
     expression = NASTY if i == 1 else f"the {'very ' * (i % 12)}small thing number {i}"
     boxes = ((10.0, 10.0, 20.0 + i % 50, 20.0),) * (i % 3 if grec else 1)
     row = data.Example(str(folder / f"{i % 4}.png"), expression, boxes, (100, 80), "ab"[i % 2], f"rows:{i}")
     truth = (data.clip_boxes(boxes, 100, 80) / torch.tensor([100, 80] * 2)).float()
-    results = {}
+    found = {}
     for branch, step in (("decoder", 4), ("token", 3)):
         right = i % step > 0
         answer = truth if right else torch.tensor([[0.8, 0.8, 0.9, 0.9]])
         scores = torch.linspace(0.95, 0.75, len(answer))
-        results[branch] = evaluate.Result(right, scores, answer)
-    return row, results
+        found[branch] = scores, answer
+    line = {"image": row.name, "expression": expression} | evaluate.record(row, found, (100, 80), grec)
+    return row, line
 
 
 def write(folder, count: int, grec: bool = False) -> dict:
     for i in range(4):
         Image.new("RGB", (100, 80), (60 * i, 90, 120)).save(folder / f"{i}.png")
     rows, found = zip(*(example(folder, i, grec) for i in range(count)), strict=True)
-    evaluate.report(str(folder / "report.html"), "best.pt", {"val": (rows, found)}, grec)
+    evaluate.report(str(folder / "report.html"), "best.pt", {"val": (rows, found)})
     text = (folder / "report.html").read_text()
     return json.loads(re.search(r'type="application/json">(.*?)</script>', text, re.S)[1])
 
@@ -43,7 +44,7 @@ def write(folder, count: int, grec: bool = False) -> dict:
 def test_the_page_needs_no_network_and_no_expression_can_end_its_script(tmp_path):
     content = write(tmp_path, 300)
     text = (tmp_path / "report.html").read_text()
-    assert content["rows"][1]["text"] == NASTY and NASTY not in text
+    assert content["rows"][1]["expression"] == NASTY and NASTY not in text
     assert set(re.findall(r"https?://[^\s\"'`]+", text)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
     assert not re.search(r"(src|href)\s*=\s*[\"']", text) and "@import" not in text and "url(" not in text
     assert len(content["pictures"]) == 4 and len(content["rows"]) == 300
@@ -60,10 +61,11 @@ def test_with_too_many_images_the_page_holds_only_answers_with_a_picture_and_say
 
 def test_the_boxes_and_the_iou_of_the_page_are_those_of_the_answers(tmp_path):
     *_, right, wrong = write(tmp_path, 13)["rows"]
-    assert right["truth"] == [[10.0, 10.0, 41.0, 30.0]] == right["branches"]["token"]["boxes"]
-    assert right["errors"] == 0 and right["iou"] == pytest.approx(2)
-    assert wrong["branches"]["token"]["boxes"] == [[80.0, 64.0, 90.0, 72.0]] and wrong["errors"] == 2
-    assert wrong["iou"] == 0 and wrong["branches"]["decoder"]["says"] == "decoder wrong: IoU 0.00, score 0.95"
+    assert right["truth"] == [[10.0, 10.0, 41.0, 30.0]] == right["token"]["boxes"]
+    assert all(right[branch]["correct"] and right[branch]["iou"] == 1 for branch in ("decoder", "token"))
+    assert wrong["token"]["boxes"] == [[80.0, 64.0, 90.0, 72.0]]
+    assert not any(wrong[branch]["correct"] or wrong[branch]["iou"] for branch in ("decoder", "token"))
+    assert wrong["decoder"]["scores"] == [0.95]
 
 
 def test_a_trained_checkpoint_gets_a_report_and_pictures_of_its_attention(shapes, trained, tmp_path):
@@ -192,6 +194,22 @@ def test_the_first_screen_shows_wrong_answers_first_and_every_card_has_its_pictu
         "const image = new Image(); image.src = shown.getAttribute('href'); await image.decode(); return image.width}))"
     )
     assert sizes == [100] * 48 and page.locator(".card").first.bounding_box()["y"] < 400
+    page.screenshot(path=tmp_path / "report.png")
+    assert not faults
+
+
+def test_answers_can_be_sorted_by_agreement_and_a_curve_shows_the_accuracy_of_the_most_agreed(browser, tmp_path):
+    write(tmp_path, 24)
+    page, faults = opened(browser, tmp_path)
+    page.select_option("#order", "lowest agreement first")
+    said = page.locator(".card small").all_inner_texts()
+    values = [float(text.split("agreement ")[1].split(",")[0]) for text in said]
+    assert values == sorted(values) and values[0] == 0 and values[-1] == 1
+    assert page.locator("#curve polyline").count() == 2
+    for branch, right in (("decoder", 18), ("token", 16)):
+        points = page.locator(f"#curve polyline.{branch}").get_attribute("points").split()
+        last = [float(number) for number in points[-1].split(",")]
+        assert len(points) == 24 and last == pytest.approx([200, 100 - 100 * right / 24])
     page.screenshot(path=tmp_path / "report.png")
     assert not faults
 
