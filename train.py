@@ -310,6 +310,7 @@ def set_up(args: argparse.Namespace) -> TrainState:
     if world > 1:
         dist.all_gather_object(everyone, mine)
     if any(other != mine for other in everyone):
+        wait_for_all(leave=True)  # a rank whose peer just vanishes may be aborted before it can say why
         raise InputError("the ranks differ in their rows, last.pt or section train: all must read the same files")
     state = build(config, out, rank, world, device)
     state.micro, state.rows, state.splits, state.digests["rows"] = micro, rows, splits, digest
