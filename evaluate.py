@@ -121,7 +121,8 @@ def record(example: data.Example, found: Found, size: tuple[int, int], grec: boo
         line["truth"] = truth.round(decimals=2).tolist()
     for branch, (scores, boxes) in found.items():
         boxes = boxes.double().nan_to_num(0) * torch.tensor([*size, *size])  # (n, 4)
-        line[branch] = {"boxes": boxes.round(decimals=2).tolist(), "scores": [round(s, 4) for s in scores.tolist()]}
+        line[branch] = {"boxes": boxes.round(decimals=2).tolist()}
+        line[branch]["scores"] = [round(score, 4) for score in scores.nan_to_num(0).tolist()]
         if example.boxes is not None:
             iou = float(len(truth) == len(boxes))  # where nothing is to be found or nothing was answered
             if len(truth) and len(boxes):
@@ -221,11 +222,14 @@ def evaluate_dataset(
     batches = [range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)]
 
     def answer(numbers: range) -> list[Line]:
-        examples, items = [dataset.rows[number][0] for number in numbers], []
+        examples, items, read = [dataset.rows[number][0] for number in numbers], [], {}
         lines = [{"image": example.name, "expression": example.expression} for example in examples]
-        for number, line in zip(numbers, lines, strict=True):
-            try:
-                items.append(dataset[0, number])
+        for number, example, line in zip(numbers, examples, lines, strict=True):
+            try:  # an image is read once for all its expressions
+                if (key := (example.image, example.size)) not in read:
+                    read[key] = dataset[0, number]
+                image, _, boxes, _, size = read[key]
+                items.append((image, example.expression, boxes, number, size))
             except InputError as error:
                 if not answers:
                     raise
@@ -303,10 +307,12 @@ def ground(
     check_tokenizer(model, tokenizer)
     max_tokens = max_tokens or model.max_tokens or 20  # a model that was not loaded from a file knows no number
     check_phrases(texts, tokenizer, max_tokens)
-    both = model.config and trained_branch(model.config["train"]) == "both"
+    trained = trained_branch(model.config["train"]) if model.config else branch
+    if trained not in ("both", branch):
+        raise InputError(f"branch={branch!r}: of this checkpoint only the {trained} branch was trained")
     resized = data.resize(picture, model.image_size, model.image_size)  # (3, S, S)
     items = [(resized, text, torch.empty(0, 4), 0, None) for text in texts]
-    found = find(model, items, data.Collate(tokenizer, max_tokens), "both" if both else branch, amp, threshold)
+    found = find(model, items, data.Collate(tokenizer, max_tokens), trained, amp, threshold)
     scale = torch.tensor([picture.shape[2], picture.shape[1]] * 2)
     return [Answer(each[branch][1] * scale, each[branch][0], agreement(each)) for each in found]
 
@@ -555,7 +561,6 @@ def answer_questions(
         if model.device.type == "cpu":
             workers = at_once = torch.get_num_threads()
             torch.set_num_threads(1)  # the last bits of a sum depend on the number of threads that share it
-
     dataset = data.Dataset([(each,) for each in examples[len(done) :]], model.image_size)
     options = {"amp": models.AMP[args.amp], "threshold": args.threshold, "answers": args.answers, "at_once": at_once}
     lines = done + evaluate_dataset(model, dataset, collate, branch, GROUP, workers, title="answers", **options)
@@ -589,6 +594,8 @@ def read_questions(args: argparse.Namespace, config: dict) -> dict[str, list[dat
         for path in map(Path, args.image):
             inside = sorted(path.iterdir()) if path.is_dir() else ()
             paths += [each for each in inside if each.suffix.lower() in endings] or [path]
+        if len(paths) > 1 and (args.save or args.attention):
+            raise InputError(f"--save and --attention are for one image, not for {len(paths)}")
         return {"": [data.Example(str(p), text, None, None, "", "", str(p)) for p in paths for text in args.text]}
     if args.rows:
         settings = {**config["data"], "annotations": args.rows}
@@ -757,11 +764,11 @@ PAGE = r"""<!doctype html><meta charset="utf-8"><title>SimVG report</title>
 <style>
   body { font: 14px system-ui, sans-serif; margin: 1rem 1.5rem; color-scheme: dark; color: #ddd; background: #181a1b; }
   td { padding: .1rem .7rem; text-align: right; border-bottom: 1px solid #333; }
-  #bar { position: sticky; top: 0; padding: .6rem 0; background: #181a1b; }
+  #bar { clear: both; position: sticky; top: 0; padding: .6rem 0; background: #181a1b; }
   #cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); gap: .8rem; }
   .card { background: #222526; border-top: 3px solid #2a7; padding: .4rem; } .wrong { border-color: #c33; }
   rect, polyline { fill: none; stroke: currentcolor; stroke-width: 2px; vector-effect: non-scaling-stroke; }
-  text { fill: #999; font-size: 9px; } #curve { width: 340px; float: right; }
+  text { fill: #999; font-size: 9px; } #curve { width: 340px; float: right; color: #666; }
   .truth { color: lime; stroke-dasharray: 7 5; } .decoder { color: orange; } .token { color: deepskyblue; }
 </style><svg id="curve" viewBox="-30 -8 240 124"></svg><p id="title"></p><table id="table"></table>
 <div id="bar">
@@ -811,12 +818,14 @@ function select() {
 function curve() {  // the accuracy of the answers that the branches agree most on, over their share
   const svg = byId("curve"), sorted = [...found].sort((a, b) => b.agreement - a.agreement), count = sorted.length;
   svg.replaceChildren();
+  if (!count) return;
+  const rights = b => { let right = 0; return sorted.map((row, i) => 100 * (right += row[b].correct) / (i + 1)); };
+  const low = Math.min(90, ...branches.map(b => 10 * Math.floor(rights(b).at(-1) / 10)));
   make(svg, "rect", "", {width: 200, height: 100});
-  for (const [x, y, text] of [[-28, 8, "100 %"], [-28, 100, "right"], [0, 112, "share answered, most agreed first"]])
+  for (const [x, y, text] of [[-28, 8, "100 %"], [-28, 100, `${low} %`], [0, 112, "right, of the most agreed 0-100 %"]])
     make(svg, "text", text, {x, y});
   for (const b of branches) {
-    let right = 0;
-    const points = sorted.map((row, i) => [200 * (i + 1) / count, 100 - 100 * (right += row[b].correct) / (i + 1)]);
+    const points = rights(b).map((y, i) => [200 * (i + 1) / count, Math.min(100, 100 * (100 - y) / (100 - low))]);
     const some = points.filter((_, i) => i % Math.ceil(count / 400) === 0 || i === count - 1);
     make(svg, "polyline", "", {class: b, points: some.join(" ")});
   }

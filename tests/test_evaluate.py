@@ -101,6 +101,18 @@ def test_several_phrases_at_once_are_answered_as_one_by_one(branch, shapes):
         torch.testing.assert_close(scores, score, atol=1e-5, rtol=0)
 
 
+def test_an_image_is_read_once_for_its_expressions_in_a_batch(shapes, monkeypatch):
+    rows = [(each,) for each in data.expand(data.read_rows(shapes_section(shapes), "val"))]
+    collate, read, usual = data.Collate(data.Tokenizer(shapes / "data/shapes/shapes.spm"), 10), [], data.read_image
+    monkeypatch.setattr(data, "read_image", lambda path, *rest: read.append(path) or usual(path, *rest))
+    together = evaluate.evaluate_dataset(tiny_model(), data.Dataset(rows, 32), collate, batch_size=len(rows))
+    assert sorted(read) == sorted({example.image for (example,) in rows})
+    alone = evaluate.evaluate_dataset(tiny_model(), data.Dataset(rows, 32), collate, batch_size=1)
+    for one, other in zip(together, alone, strict=True):
+        assert one["expression"] == other["expression"] and one["truth"] == other["truth"]
+        assert one["token"]["boxes"][0] == pytest.approx(other["token"]["boxes"][0], abs=0.02)
+
+
 def test_where_memory_runs_out_evaluation_goes_on_with_half_the_batch(shapes, monkeypatch):
     rows = [(each,) for each in data.expand(data.read_rows(shapes_section(shapes), "val"))][:21]
     collate = data.Collate(data.Tokenizer(shapes / "data/shapes/shapes.spm"), 10)
@@ -308,6 +320,13 @@ def test_the_table_of_agreement_states_sizes_shares_and_how_well_it_tells_right_
     assert evaluate.by_agreement([{"agreement": None, "token": result(True)}]) == {}
 
 
+def test_the_line_of_a_model_that_diverged_is_valid_json():
+    nothing = torch.full((1,), torch.nan), torch.full((1, 4), torch.nan)
+    line = evaluate.record(row(1), {"decoder": nothing, "token": nothing}, (100, 100), grec=False)
+    assert json.loads(json.dumps(line, allow_nan=False)) == line
+    assert line["token"] == {"boxes": [[0.0] * 4], "scores": [0.0], "iou": 0.0, "correct": False}
+
+
 # ---- ground(): every kind of image
 
 
@@ -374,6 +393,8 @@ def test_where_both_branches_were_trained_the_answer_tells_how_far_they_agree(sh
     model.config["train"] |= {"loss_decoder": None, "loss_token_on_teacher": None}
     (alone,) = evaluate.ground(model, image, ["the red circle"], tokenizer)
     assert alone.agreement is None
+    with pytest.raises(data.InputError, match="branch='decoder': of this checkpoint only the token branch was trained"):
+        evaluate.ground(model, image, ["the red circle"], tokenizer, "decoder")
 
 
 def test_load_refuses_a_checkpoint_without_its_tokenizer(shapes, trained, tmp_path, monkeypatch):
@@ -522,6 +543,8 @@ def test_several_images_and_folders_are_asked_the_same_phrases(shapes, trained, 
     names = [str(single), str(folder / "0.JPG"), str(folder / "1.JPG")]
     assert [each["image"] for each in lines_of(tmp_path / "out.jsonl")] == [name for name in names for _ in range(2)]
     assert "picture" not in capsys.readouterr().out and not list(tmp_path.glob("**/*.png"))
+    with pytest.raises(data.InputError, match="--save and --attention are for one image, not for 3"):
+        evaluated(shapes, monkeypatch, *use, "--save", str(tmp_path / "a.png"))
     with pytest.raises(data.InputError, match="notes.txt"):
         evaluated(shapes, monkeypatch, "--image", str(folder / "notes.txt"), str(single), "--text", "a ring")
 
