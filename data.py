@@ -272,7 +272,7 @@ def pixels(image: Image.Image, turn: bool = True) -> Tensor:
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, height, width), bilinear without antialias, as OpenCV does it, up to 1 grey level."""
+    """(3, H, W) uint8 -> (3, height, width), bilinear without antialias, up to 1 grey level as OpenCV (D14)."""
     return F.interpolate(image[None], size=(height, width), mode="bilinear", align_corners=False)[0]
 
 

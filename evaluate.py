@@ -222,14 +222,11 @@ def evaluate_dataset(
     batches = [range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)]
 
     def answer(numbers: range) -> list[Line]:
-        examples, items, read = [dataset.rows[number][0] for number in numbers], [], {}
+        examples, items = [dataset.rows[number][0] for number in numbers], []
         lines = [{"image": example.name, "expression": example.expression} for example in examples]
-        for number, example, line in zip(numbers, examples, lines, strict=True):
-            try:  # an image is read once for all its expressions
-                if (key := (example.image, example.size)) not in read:
-                    read[key] = dataset[0, number]
-                image, _, boxes, _, size = read[key]
-                items.append((image, example.expression, boxes, number, size))
+        for number, line in zip(numbers, lines, strict=True):
+            try:
+                items.append(dataset[0, number])
             except InputError as error:
                 if not answers:
                     raise
@@ -702,7 +699,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--save", metavar="FILE.png", help="where the picture goes (default: IMAGE_grounded.png, curves.png)")
     args = parser.parse_args()
     answers, others = args.answers, sum(map(bool, (args.image, args.rows, args.split)))
-    is_first = os.environ.get("RANK", "0") == "0"  # another rank may see the file that the first one has just made
+    # Another rank than the first may see the file that the first one has just made.
+    is_there = answers and os.environ.get("RANK", "0") == "0" and Path(answers).exists()
     for is_wrong, message in (
         ((args.image is None) != (args.text is None), "--image and --text go together"),
         (args.report and (args.image or args.attention), "--report goes with the evaluation of splits"),
@@ -710,10 +708,7 @@ def parse_arguments() -> argparse.Namespace:
         ((args.rows or args.resume) and not answers, "--rows and --resume go with --answers"),
         (answers and (args.attention or args.report or args.save), "--answers goes without other files"),
         (others > 1, "only one of --image, --rows and --split can be answered"),
-        (
-            answers and not args.resume and is_first and Path(answers).exists(),
-            f"--answers {answers}: exists (--resume goes on)",
-        ),
+        (is_there and not args.resume, f"--answers {answers}: exists (--resume goes on)"),
         (not 0 <= args.threshold <= 1, "--threshold: expected a score from 0 to 1"),
     ):
         if is_wrong:
