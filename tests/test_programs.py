@@ -1,14 +1,15 @@
-"""The three command lines: help, mistyped options, Ctrl-C."""
+"""The three command lines: help, mistyped options, Ctrl-C, systems other than Linux."""
 
 import signal
 import subprocess
+import sys
 
 import pytest
 
 import data
 import evaluate
 import train
-from conftest import command_line, environment
+from conftest import ROOT, SMALL_RUN, command_line, environment
 
 PROGRAMS = {"train": train, "evaluate": evaluate, "data": data}
 
@@ -58,3 +59,29 @@ def test_ctrl_c_leaves_no_traceback(trained, shapes):
     assert "SimVG checkpoint" in process.stdout.readline()  # torch is imported, the work begins
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == "" and process.returncode in (0, 130)
+
+
+# What neither Windows nor, in part, macOS has is taken away; then one of the programs starts.
+OTHER_SYSTEM = """
+import ctypes, os, runpy, signal, sys, numpy, torch, torchvision, torch._dynamo, sentencepiece, pycocotools.coco
+sys.modules |= {"fcntl": None, "resource": None}
+del os.setpgid, os.killpg, os.mkfifo, signal.SIGCHLD, signal.SIGALRM, signal.SIGHUP, ctypes.CDLL
+sys.platform, sys.argv = "win32", sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["train.py", "--config", "configs.json:shapes", "--out", "runs/elsewhere", "--set", *SMALL_RUN],
+        ["evaluate.py", "--ckpt", "runs/trained/best.pt"],
+        ["evaluate.py", "--ckpt", "runs/trained/best.pt", "--split", "test", "--answers", "elsewhere.jsonl"],
+        ["data.py", "check", "--config", "configs.json:shapes", "--set", "data.scenes=60"],
+    ],
+)
+def test_programs_of_one_process_need_nothing_that_windows_does_not_have(line, trained, shapes):
+    command = [sys.executable, "-c", OTHER_SYSTEM, str(ROOT / line[0]), *line[1:]]
+    done = subprocess.run(command, cwd=shapes, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

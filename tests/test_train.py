@@ -334,11 +334,6 @@ def test_a_checkpoint_from_before_an_encoder_could_be_frozen_goes_on_and_is_eval
     start(shapes, "unfrozen", "--resume")
 
 
-def test_where_the_system_has_no_file_locks_a_run_trains(shapes, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)  # importing it now fails, as on Windows
-    start(shapes, "unlocked", "train.epochs=1")
-
-
 def test_curves_of_several_runs_are_one_picture_and_a_folder_without_a_run_is_one_line(shapes):
     start(shapes, "curve", "train.batch_size=4", "train.epochs=1")
     start(shapes, "undistilled", "train.batch_size=4", "train.epochs=1", "train.loss_token_on_teacher=null")
