@@ -5,8 +5,8 @@
     -> Dataset        one Example of the row, drawn anew in each epoch; its image (3, H, W) is jittered and resized
                       to (3, S, S), its boxes become cxcywh in 0..1
     -> Collate        a Batch of padded tensors; Tokenizer turns the expressions into ids
-    -> batches        the Batches of a list of keys (epoch, index), made by worker processes;
-                      in training the keys come from MicroBatchSampler
+    -> batches        in training: the Batches of the keys (epoch, index) of MicroBatchSampler, made by worker
+                      processes; evaluate.evaluate_dataset reads in threads and collates by itself
 
     python data.py check --config configs.json:refcoco --images     count what is there, name what is wrong
     python data.py show --config configs.json:refcoco               draw a page of examples
@@ -530,7 +530,7 @@ KEYS: dict[str, type | tuple | list] = {
     "data.max_tokens": (3, 1022),  # tokens of an expression with <s> and </s>, the rest is cut; BEiT-3 takes 1,022
     "data.jitter": [(0.01, 100.0)] * 2,  # smallest and largest scale of the jitter in training; null leaves it out
     "data.eval_splits": list,  # splits to evaluate; the first one is also evaluated while training, to choose best.pt
-    "data.workers": NATURAL,  # loader processes of each rank; 0 loads in the main process
+    "data.workers": NATURAL,  # loader processes of each rank, in evaluation threads; 0 loads in the main process
     "data.generate": str,  # draw an embedded set on first use, "shapes" or "shapes-grec"; "" draws none
     "data.scenes": NATURAL,  # number of training scenes of that set
 }

@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from threading import Semaphore
 from typing import Any, NamedTuple
@@ -51,9 +51,11 @@ BRANCHES = ("decoder", "token")
 TARGET_GROUPS = ("no target", "one target", "several targets")
 INKS = ("black", "royalblue", "darkorange", "seagreen", "crimson", "purple", "saddlebrown", "deeppink", "olive", "teal")
 PICTURES = 3000  # images in a report at most, some 9 kB each; the three evaluation splits of RefCOCO have as many
-GROUP = 16  # expressions that the command line computes together
+GROUP = 16  # expressions of a batch; fixed, since the last bits depend on it and --resume starts at a multiple of it
 Found = dict[str, tuple[Tensor, Tensor]]  # {branch: scores (n,), the highest first, and boxes (n, 4) xyxy in 0..1}
-Line = dict[str, Any]  # all about one expression, see `record`
+# All about one expression: image, expression; then error, or truth if known, agreement, and of each branch boxes,
+# scores, correct and iou, the mean over the true boxes of the best answer's. Boxes are xyxy in pixels of the image.
+Line = dict[str, Any]
 
 
 # ----------------------------------------------------------------------------------------------------- metrics
@@ -129,8 +131,8 @@ def record(example: data.Example, found: Found, size: tuple[int, int], grec: boo
                 iou = box_iou(truth, boxes).nan_to_num(0).amax(1).mean().item()  # of each true box, its best answer
             right = grec_correct(scores, boxes, truth, 0) if grec else bool(rec_correct(boxes, truth).any())
             line[branch] |= {"iou": round(iou, 4), "correct": right}
-    agreed = agreement(found)
-    return line | {"agreement": agreed if agreed is None else round(agreed, 4)}
+    value = agreement(found)
+    return line | {"agreement": value if value is None else round(value, 4)}
 
 
 def shares(results: Sequence[Line]) -> dict[str, float]:
@@ -209,51 +211,53 @@ def evaluate_dataset(
     title: str = "",
     after_batch: Callable[[], None] = lambda: None,
     threshold: float = THRESHOLD,
-    answers: str | None = None,
+    answers_file: str | None = None,
     at_once: int = 1,
 ) -> list[Line]:
-    """A `record` of each example of `load_split`, in order, on every rank. `after_batch` may raise to end early.
+    """A Line for each row of `dataset`, whose rows hold one example each, in order, on every rank.
 
-    Every batch belongs to one rank, so no answer depends on their number. `workers` threads read images, and `at_once`
-    of them use the model at a time. Lines are added to the file `answers`, then unreadable images are an "error".
+    A batch is computed whole by one rank, so no answer depends on the number of ranks. `workers` threads read images;
+    at most `at_once` of them are in the model. With `answers_file`, rank 0 appends the lines to it, and an image that
+    cannot be read gives a line with "error" in place of an InputError. `after_batch` may raise to end early.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    was_training, results, turn, pool = model.training, [], Semaphore(at_once), ThreadPoolExecutor(max(1, workers))
     batches = [range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)]
+    in_model, pool = Semaphore(at_once), ThreadPoolExecutor(max(1, workers))
 
-    def answer(numbers: range) -> list[Line]:
+    def lines_of(numbers: range) -> list[Line]:
         examples, items = [dataset.rows[number][0] for number in numbers], []
         lines = [{"image": example.name, "expression": example.expression} for example in examples]
         for number, line in zip(numbers, lines, strict=True):
             try:
                 items.append(dataset[0, number])
             except InputError as error:
-                if not answers:
+                if not answers_file:
                     raise
                 line["error"] = str(error)
-        with turn:
+        with in_model:
             found = find(model, items, collate, branch, amp, threshold) if items else []
         for (*_, number, size), each in zip(items, found, strict=True):
             i = number - numbers[0]
             lines[i] |= record(examples[i], each, size, model.tqg.query_embed.num_embeddings > 1)
         return lines
 
-    mine = (pool.map if workers > 1 else map)(answer, batches[rank::world])
-    model.eval()
+    was_training, lines = model.training, []
+    model.eval()  # before the first thread starts
+    mine = (pool.map if workers > 1 else map)(lines_of, batches[rank::world])
     try:
         for _ in tqdm(batches[::world], title, disable=None if title and rank == 0 else True, leave=False):
-            parts = [next(mine, [])] * world
+            parts = [next(mine, [])] * world  # a batch of each rank, in order
             if world > 1:
                 dist.all_gather_object(parts, parts[rank])
-            results += (lines := list(chain(*parts)))
-            if answers and rank == 0:
-                with open(answers, "a") as file:
-                    file.writelines(json.dumps(line) + "\n" for line in lines)
+            lines += (new := list(chain(*parts)))
+            if answers_file and rank == 0:
+                with open(answers_file, "a") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in new)
             after_batch()
     finally:
         pool.shutdown(cancel_futures=True)
-    model.train(was_training)
-    return results
+        model.train(was_training)
+    return lines
 
 
 @torch.inference_mode()
@@ -269,6 +273,7 @@ def find(
     except torch.OutOfMemoryError:
         if len(items) == 1:
             raise
+    # Outside the `except`, whose traceback keeps the memory of the batch that failed.
     halves = items[: len(items) // 2], items[len(items) // 2 :]
     return sum((find(model, half, collate, branch, amp, threshold) for half in halves), [])
 
@@ -278,7 +283,7 @@ class Answer(NamedTuple):
 
     boxes: Tensor  # (n, 4) xyxy in pixels of the image, the best first
     scores: Tensor  # (n,)
-    agreement: float | None  # of both branches, see `agreement`; None unless both were trained
+    agreement: float | None  # of both branches; None unless the checkpoint's config says that both were trained
 
 
 def ground(
@@ -292,7 +297,7 @@ def ground(
     amp: torch.dtype | None = None,
 ) -> list[Answer] | list[list[Answer]]:
     """An Answer for each phrase about an image: a path, a PIL image, an RGB array (H, W, 3) uint8 or a tensor (3, H, W)
-    uint8; for a list of images, a list of such lists.
+    uint8; for a list of images, a list of such lists. Where both branches were trained, both run, for `agreement`.
 
     `max_tokens` is what the model was trained with, unless given; a warning tells which phrase was cut there.
     """
@@ -364,10 +369,11 @@ def draw_line(image: Tensor, line: Line, side: int = 280) -> Image.Image:
     boxes = {name: line[name]["boxes"] for name in BRANCHES if name in line} | {"truth": line.get("truth", [])}
     size = torch.tensor([image.shape[2], image.shape[1]] * 2)
     boxes = {name: torch.tensor(each).reshape(-1, 4) / size for name, each in boxes.items()}
-    return data.draw(image, boxes, line["expression"] + agreed(line), side)
+    text = agreement_text(line)
+    return data.draw(image, boxes, line["expression"][: side // 6 - len(text)] + text, side)
 
 
-def agreed(line: Line) -> str:
+def agreement_text(line: Line) -> str:
     return "" if line["agreement"] is None else f", agreement {line['agreement']:.2f}"
 
 
@@ -398,7 +404,9 @@ def draw_panels(panels: dict[str, dict[str, list]], path: str | Path, x_label: s
         top, bottom = 260 * number + 25, 260 * number + 215
         points = [point for line in lines.values() for point in line]
         low, high = min(y - error for _, y, error in points), max(y + error for _, y, error in points)
-        low, last = low if low <= 0 or high / 2 < low < high else 0, max(x for x, _, _ in points)
+        last = max(x for x, _, _ in points)
+        if 0 < low and not high / 2 < low < high:  # else most of the chart would be empty
+            low = 0
         x_scale, y_scale = (right - left) / (last or 1), (bottom - top) / (high - low or 1)
         pen.rectangle((left, top, right, bottom), outline="lightgrey")
         pen.text((left, top - 18), title, "black")
@@ -423,7 +431,7 @@ def draw_panels(panels: dict[str, dict[str, list]], path: str | Path, x_label: s
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers from low to high; one where these are equal."""
+    """Two to seven round numbers from low to high; one where these are equal."""
     least = (high - low or abs(high) or 1) / 6
     step = next(s for p in range(-9, 39) for s in (10.0**p, 2 * 10.0**p, 5 * 10.0**p) if s >= least)
     return [step * i for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
@@ -459,16 +467,20 @@ def print_attention(title: str, model: models.SimVG, dataset: data.Dataset, coll
 
 
 @torch.inference_mode()
-def draw_attention(model: models.SimVG, image: Tensor, texts: Sequence[str], collate: data.Collate, path: str) -> None:
+def draw_attention(
+    model: models.SimVG, image: Tensor, texts: Sequence[str], collate: data.Collate, branch: str, path: str
+) -> None:
     """Save a row of pictures for each phrase: where the object token, the decoder's best query and each word look."""
     resized = data.resize(image, model.image_size, model.image_size).expand(len(texts), -1, -1, -1)  # (B, 3, S, S)
     inputs = (resized, *collate.tokenizer(texts, collate.max_tokens))  # (B, 3, S, S), 2 of (B, L)
-    maps = model.attention_maps(*(x.to(model.device) for x in inputs))  # of the decoder even if it was never trained
+    maps = model.attention_maps(*(x.to(model.device) for x in inputs))
     grey, red = image.float().mean(0, keepdim=True) * 0.6, torch.tensor([255.0, 40.0, 0.0])[:, None, None]
     words = [collate.tokenizer.pieces(text, collate.max_tokens) for text in texts]
-    tiles, columns = [], 3 + max(map(len, words))
+    tiles, columns = [], 2 + (branch != "token") + max(map(len, words))
     for i, text in enumerate(texts):  # maps of the last layers
-        looks = {"object token": maps.object_token[-1, i], "decoder query": maps.queries[-1, i, maps.best_query[i]]}
+        looks = {"object token": maps.object_token[-1, i]}
+        if branch != "token":  # the decoder was trained, and is asked for
+            looks["decoder query"] = maps.queries[-1, i, maps.best_query[i]]
         looks |= {f"{j}: {word}": maps.words[-1, i, j + 1] for j, word in enumerate(words[i])}  # + 1: <s> comes first
         tiles.append(data.draw(image, {}, text))
         for name, look in looks.items():  # (N,)
@@ -538,8 +550,9 @@ def main() -> None:
         print(f"{args.ckpt}: {model.origin}")
     collate = load_collate(config, model)
     if args.attention and not args.image:
-        for split in args.split or config["data"]["eval_splits"] if rank == 0 else ():
-            print_attention(split, model, load_split(config, split), collate, args.branch or trained)
+        if rank == 0:
+            for split in args.split or config["data"]["eval_splits"]:
+                print_attention(split, model, load_split(config, split), collate, args.branch or trained)
     else:
         answer_questions(args, model, config, collate, args.branch or trained, rank)
     if dist.is_initialized():
@@ -551,18 +564,26 @@ def answer_questions(
 ) -> None:
     """Answer everything, in the file of --answers if one is given; print boxes, or tables where the truth is known."""
     check_phrases(args.text or (), collate.tokenizer, collate.max_tokens)
-    questions, workers, at_once, done = read_questions(args, config), config["data"]["workers"], 1, []
-    examples = list(chain(*questions.values()))
-    if args.answers:
-        done = read_answers(args.answers, examples)
-        if model.device.type == "cpu":
-            workers = at_once = torch.get_num_threads()
-            torch.set_num_threads(1)  # the last bits of a sum depend on the number of threads that share it
+    questions = read_questions(args, config)
+    examples, done = list(chain(*questions.values())), [[]]
+    if args.resume and rank == 0 and Path(args.answers).exists():
+        done = [resume_answers(args.answers, examples, branch)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(done)  # the file may be on the first rank's machine only
+    done, workers, at_once = done[0], config["data"]["workers"], 1
+    if args.answers and model.device.type == "cpu":
+        workers = at_once = torch.get_num_threads()
+        torch.set_num_threads(1)  # the last bits of a sum depend on the number of threads that share it
     dataset = data.Dataset([(each,) for each in examples[len(done) :]], model.image_size)
-    options = {"amp": models.AMP[args.amp], "threshold": args.threshold, "answers": args.answers, "at_once": at_once}
+    options = {
+        "amp": models.AMP[args.amp],
+        "threshold": args.threshold,
+        "answers_file": args.answers,
+        "at_once": at_once,
+    }
     lines = done + evaluate_dataset(model, dataset, collate, branch, GROUP, workers, title="answers", **options)
     if rank == 0 and args.image and not args.answers:
-        show_boxes(args, lines, model, collate)
+        show_boxes(args, lines, model, collate, branch)
     elif rank == 0:
         print_accuracy(args, questions, lines, config["model"]["queries"] > 1)
 
@@ -573,10 +594,12 @@ def print_accuracy(args: argparse.Namespace, questions: dict[str, list], lines: 
         print(f"{len(faults):,} of {len(lines):,} expressions have no answer: {faults[0]}", file=sys.stderr)
     rest, known = iter(lines), {}
     for split, examples in questions.items():
-        if pairs := [each for each in zip(examples, rest, strict=False) if "truth" in each[1]]:
-            known[split] = examples, results = list(zip(*pairs, strict=True))
-            figures = summary(results, examples, grec)
-            print_table(split, figures, by_kind(results, examples) | by_agreement(results))
+        of_split = list(islice(rest, len(examples)))
+        if pairs := [each for each in zip(examples, of_split, strict=True) if "truth" in each[1]]:
+            asked, results = zip(*pairs, strict=True)
+            known[split] = asked, results
+            figures = summary(results, asked, grec)
+            print_table(split, figures, by_kind(results, asked) | by_agreement(results))
             print(json.dumps({"split": split, **figures}))
     if args.report:
         report(args.report, args.ckpt, known)
@@ -601,18 +624,20 @@ def read_questions(args: argparse.Namespace, config: dict) -> dict[str, list[dat
     return {split: load_split(config, split, check=not args.answers).examples for split in splits}
 
 
-def read_answers(path: str, examples: Sequence[data.Example]) -> list[Line]:
-    """The whole groups of lines of a stopped run; the file is cut behind them. InputError: not to these `examples`."""
-    with data.located(path), open(path, "ab+") as file:
-        file.seek(0)
-        lines = file.read().split(b"\n")[:-1]
-        if lines:
-            last, asked = json.loads(lines[-1]), examples[: len(lines)][-1]
-            if len(lines) > len(examples) or (last["image"], last["expression"]) != (asked.name, asked.expression):
-                raise InputError(f"line {len(lines)} answers something else; --resume goes on with the same input only")
-        lines = lines[: len(lines) // GROUP * GROUP]
-        file.truncate(sum(len(line) + 1 for line in lines))
-        return [json.loads(line) for line in lines]
+def resume_answers(path: str, examples: Sequence[data.Example], branch: str) -> list[Line]:
+    """The whole batches of lines of a stopped run; the file is cut behind them. InputError: not to these `examples`."""
+    with data.located(path), open(path, "rb+") as file:
+        lines = file.read().split(b"\n")[:-1]  # whole ones
+        answered = [json.loads(line) for line in lines]
+        asked = [(example.name, example.expression) for example in examples]
+        wanted = {*BRANCHES} if branch == "both" else {branch}
+        for i, line in enumerate(answered):
+            same = asked[i : i + 1] == [(line["image"], line["expression"])]
+            if not same or "error" not in line and line.keys() & {*BRANCHES} != wanted:
+                raise InputError(f"line {i + 1} answers something else; --resume goes on with the same input only")
+        whole = len(lines) // GROUP * GROUP
+        file.truncate(sum(len(line) + 1 for line in lines[:whole]))
+        return answered[:whole]
 
 
 def load_split(config: dict, split: str, check: bool = True) -> data.Dataset:
@@ -652,17 +677,19 @@ def print_table(split: str, figures: dict, kinds: dict[str, dict], baseline: flo
         print(f"{name:<18} {row['n']:>7}" + "".join(f"{100 * row[branch]:>18.2f}" for branch in branches))
 
 
-def show_boxes(args: argparse.Namespace, lines: Sequence[Line], model: models.SimVG, collate: data.Collate) -> None:
+def show_boxes(
+    args: argparse.Namespace, lines: Sequence[Line], model: models.SimVG, collate: data.Collate, branch: str
+) -> None:
     """Print every box with its score, and save a picture if all is about one image."""
     several = len({line["image"] for line in lines}) > 1
     for line in lines:
         for name in (name for name in BRANCHES if name in line):
             about = f"{line['image']}: {name}" if several else name
             if not line[name]["boxes"]:
-                print(f"{about}: nothing in the image fits {line['expression']!r}{agreed(line)}")
+                print(f"{about}: nothing in the image fits {line['expression']!r}{agreement_text(line)}")
             for box, score in zip(line[name]["boxes"], line[name]["scores"], strict=True):
                 corners = " ".join(f"{value:.1f}" for value in box) + " (x1 y1 x2 y2, pixels)"
-                print(f"{about}: {line['expression']!r} box {corners}, score {score:.3f}{agreed(line)}")
+                print(f"{about}: {line['expression']!r} box {corners}, score {score:.3f}{agreement_text(line)}")
     if several:
         return
     image = data.read_image(lines[0]["image"])  # (3, H, W)
@@ -672,7 +699,7 @@ def show_boxes(args: argparse.Namespace, lines: Sequence[Line], model: models.Si
     print(f"picture: {path}")
     if args.attention:
         path = f"{Path(path).with_suffix('')}_attention.png"
-        draw_attention(model, image, args.text, collate, path)
+        draw_attention(model, image, args.text, collate, branch, path)
         print(f"attention: {path}")
 
 
@@ -694,7 +721,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 or mps (default: a GPU if there is one)")
     add("--attention", action="store_true", help="show where tokens look: a picture, or a table")
     add("--answers", metavar="FILE.jsonl", help="write every answer to this file, a line of JSON each")
-    add("--resume", action="store_true", help="go on with the file of --answers of a stopped run")
+    add("--resume", action="store_true", help="go on with the file of --answers, with the same options")
     add("--report", metavar="FILE.html", help="also write a page to browse the answers")
     add("--save", metavar="FILE.png", help="where the picture goes (default: IMAGE_grounded.png, curves.png)")
     args = parser.parse_args()
@@ -820,8 +847,10 @@ function curve() {  // the accuracy of the answers that the branches agree most 
   for (const [x, y, text] of [[-28, 8, "100 %"], [-28, 100, `${low} %`], [0, 112, "right, of the most agreed 0-100 %"]])
     make(svg, "text", text, {x, y});
   for (const b of branches) {
+    const isEnd = (_, i) => i === count - 1 || sorted[i].agreement !== sorted[i + 1].agreement;  // of a group of ties
     const points = rights(b).map((y, i) => [200 * (i + 1) / count, Math.min(100, 100 * (100 - y) / (100 - low))]);
-    const some = points.filter((_, i) => i % Math.ceil(count / 400) === 0 || i === count - 1);
+    const ends = points.filter(isEnd), step = Math.ceil(ends.length / 400);
+    const some = ends.filter((_, i) => i % step === 0 || i === ends.length - 1);
     make(svg, "polyline", "", {class: b, points: some.join(" ")});
   }
 }

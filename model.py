@@ -104,8 +104,9 @@ class TextGuidedQuery(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(width, ffn, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.as_released = as_released  # compute as the released weights need it, not as the paper says (D3, D4)
+        # Both, since `initialise` may change as_released later. (2, 1022, C)
         paper, released = (beit3.sine_1d(beit3.TEXT_POSITIONS, width, one_frequency) for one_frequency in (False, True))
-        self.register_buffer("positions", torch.stack([paper, released]), persistent=False)  # (2, 1022, C)
+        self.register_buffer("positions", torch.stack([paper, released]), persistent=False)
 
     def forward(self, text: Tensor, text_pad: Tensor) -> Tensor:
         """text (B, L, D), text_pad (B, L) True = padding -> queries (B, Q, C)."""

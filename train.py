@@ -208,6 +208,7 @@ def validate(state: TrainState) -> None:
     # As in the official code, the mean of the trained branches' accuracies decides which weights are the best.
     accuracies = [value for name, value in metrics.items() if name.endswith(("_acc", "_f1"))]
     value = sum(accuracies) / len(accuracies)
+    # The model holds the averages here, so best.pt needs them no second time.
     if value > state.progress["best"] and save(state, "best.pt", ema={}, best=value):
         state.progress["best"] = value
     state.model.load_state_dict(trained, strict=False)
@@ -267,10 +268,12 @@ def log_step(state: TrainState, terms: dict[str, Tensor], waited: float, seconds
 def write_row(state: TrainState, row: dict) -> None:
     """Append a row to metrics.jsonl, on rank 0. A full disk costs the row, not the run."""
     state.lines.append(json.dumps(row) + "\n")
+    if state.rank:
+        return
     path = state.out / "metrics.jsonl"
     end = path.stat().st_size if path.exists() else 0
     try:
-        with open(path if state.rank == 0 else os.devnull, "a") as file:
+        with open(path, "a") as file:
             file.write(state.lines[-1])
     except OSError as error:
         tqdm.write(f"train.py: {path}: {error.strerror}", file=sys.stderr)
@@ -292,6 +295,8 @@ def set_up(args: argparse.Namespace) -> TrainState:
     """Read and check all input, then build the state: a new one, with the weights of --init, or that of last.pt."""
     config = data.load_config(args.config, args.set)
     rank, world, device = evaluate.join_ranks()
+    if config["train"]["freeze_encoder"] and not (args.init or args.resume):
+        raise InputError("train.freeze_encoder=true: name weights with --init, or the encoder keeps its random ones")
     micro = micro_batch(config["train"]["batch_size"], config["train"]["micro_batch"], world)
     out = Path(args.out or f"runs/{args.config.rpartition(':')[2]}")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts repeats the command
@@ -354,9 +359,10 @@ def build(config: dict, out: Path, rank: int, world: int, device: torch.device) 
         torch._dynamo.config.optimize_ddp = False  # otherwise DDP's buckets would cut the graph of a layer
         for layer in model.encoder.layers:
             layer.compile()  # before DDP; all layers share their graphs
-    # DDP waits for the gradient of every parameter that requires one, so what is not trained must not.
-    model.encoder.requires_grad_(not settings["freeze_encoder"])
-    model.encoder.drops &= not settings["freeze_encoder"]
+    if settings["freeze_encoder"]:
+        model.encoder.requires_grad_(False)
+        model.encoder.drops = False  # no drop path: the heads learn from the features that evaluation sees
+    # DDP waits for the gradient of every parameter that requires one, so a branch without a loss term must not.
     model.token_branch.requires_grad_(branch != "decoder")
     model.decoder_branch.requires_grad_(settings["loss_decoder"] is not None)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
