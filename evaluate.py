@@ -176,12 +176,12 @@ def by_agreement(results: Sequence[Line]) -> dict[str, dict[str, float]]:
     for name, low, high in (("agree >= 0.9", 0.9, 2), ("agree 0.5-0.9", 0.5, 0.9), ("agree < 0.5", -1, 0.5)):
         if group := [line for line in results if low <= line["agreement"] < high]:
             rows[f"{name:<13}{len(group) / len(results):>5.0%}"] = {"n": len(group), **shares(group)}
-    rows["AUROC"] = {"n": len(results)}
+    rows[auroc := "AUROC of agreement"] = {"n": len(results)}
     for branch in shares(results):
         is_right = torch.tensor([line[branch]["correct"] for line in results])
         right, wrong = values[is_right], values[~is_right].sort().values
         won = sum(torch.searchsorted(wrong, right, right=ties).sum().item() for ties in (False, True))  # twice
-        rows["AUROC"][branch] = won / (2 * len(right) * len(wrong) or float("nan"))
+        rows[auroc][branch] = won / (2 * len(right) * len(wrong) or float("nan"))
     return rows
 
 
@@ -665,7 +665,7 @@ def trained_branch(settings: dict) -> str:
 
 
 def print_table(split: str, figures: dict, kinds: dict[str, dict], baseline: float | None = None) -> None:
-    """Print one split in percent: all expressions, each group of `by_kind`, and the accuracy of the mean box."""
+    """Print one split in percent: all expressions, each group of `by_kind` and `by_agreement`, and the mean box."""
     metric, key = ("F1=1", "f1") if "n_none" in figures else ("Acc@0.5", "acc")
     branches = [branch for branch in BRANCHES if f"{branch}_{key}" in figures]
     rows = {"all": {"n": figures["n"], **{branch: figures[f"{branch}_{key}"] for branch in branches}}, **kinds}

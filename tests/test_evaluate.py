@@ -315,7 +315,8 @@ def test_the_table_of_agreement_states_sizes_shares_and_how_well_it_tells_right_
         "agree >= 0.9   25%": {"n": 1, "decoder": 1.0, "token": 0.0},
         "agree 0.5-0.9  50%": {"n": 2, "decoder": 0.5, "token": 0.5},
         "agree < 0.5    25%": {"n": 1, "decoder": 0.0, "token": 1.0},
-        "AUROC": {"n": 4, "decoder": 0.875, "token": 0.125},  # of four pairs three are in order and one is a tie
+        # of four pairs three are in order and one is a tie
+        "AUROC of agreement": {"n": 4, "decoder": 0.875, "token": 0.125},
     }
     assert evaluate.by_agreement([{"agreement": None, "token": result(True)}]) == {}
 

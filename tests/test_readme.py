@@ -82,8 +82,8 @@ def test_every_key_of_the_default_recipe_is_explained_in_its_module(section):
     assert len(table) == len(set(table))
 
 
-def test_the_readme_fits_in_300_lines_and_3000_words():
-    assert len(TEXT.splitlines()) <= 300 and len(TEXT.split()) <= 3000
+def test_the_readme_fits_in_320_lines_and_3000_words():
+    assert len(TEXT.splitlines()) <= 320 and len(TEXT.split()) <= 3000
 
 
 def test_imports_go_one_way():
