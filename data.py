@@ -74,7 +74,10 @@ class Dataset:
 
     def __init__(self, rows: Sequence[Row], image_size: int, seed: int = 0, jitter: Sequence[float] | None = None):
         self.rows, self.image_size, self.seed, self.jitter = rows, image_size, seed, jitter
-        self.read: tuple = (None, None)  # the image that was read last, as evaluation asks for its expressions in a row
+        self.read: tuple = (
+            None,
+            None,
+        )  # the image that was read last, as evaluation asks for its expressions one after another
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -194,11 +197,11 @@ def batches(
     loader = DataLoader(dataset, batch_sampler=keys, collate_fn=collate, **options)
     try:
         iterator = iter(loader)
-        # If a worker dies, torch's handler would raise amid a step. Other threads have none, and Windows no SIGCHLD.
-        with suppress(ValueError, AttributeError):
+        # When a worker dies, torch's handler would raise in the middle of a step; without it the next batch raises.
+        with suppress(ValueError, AttributeError):  # not in the main thread; Windows has no SIGCHLD
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from iterator
-    except InputError as error:  # a worker's ends a traceback, whose line breaks InputError has escaped
+    except InputError as error:  # of a worker: torch puts a traceback, with line breaks as \\n, in front of the message
         raise InputError(str(error).rpartition("InputError: ")[2].removesuffix("\\n")) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and not re.search("DataLoader worker|[Pp]in memory thread", str(error)):
@@ -466,11 +469,8 @@ def check_box(box: object, size: tuple[int, int] | None) -> None:
 
     What reaches out is clipped later, as in the official loader; some published sets (Visual Genome) have such boxes.
     """
-    if (
-        not isinstance(box, list | tuple)
-        or len(box) != 4
-        or not all(type(v) in (int, float) and abs(v) < 1e9 for v in box)
-    ):
+    four = box if isinstance(box, list | tuple) and len(box) == 4 else [None]
+    if not all(type(v) in (int, float) and abs(v) < 1e9 for v in four):
         raise InputError(f"a box must be [x, y, w, h] in pixels, not {brief(box)}")
     x, y, w, h = box
     width, height = size or (math.inf, math.inf)
@@ -551,7 +551,7 @@ for section, names, allowed in (
     ("train", "amp", str),
 ):
     KEYS |= {f"{section}.{name}": allowed for name in names.split()}
-# These may also be null, which leaves the loss term, the decay or the augmentation out.
+# These may also be null: no such loss term, no jitter; for decay_epochs, a linear fall of the learning rates to 0.
 OPTIONAL = {"data.jitter", "train.decay_epochs"} | {key for key in KEYS if key.startswith("train.loss_")}
 
 

@@ -176,11 +176,14 @@ def by_agreement(results: Sequence[Line]) -> dict[str, dict[str, float]]:
     for name, low, high in (("agree >= 0.9", 0.9, 2), ("agree 0.5-0.9", 0.5, 0.9), ("agree < 0.5", -1, 0.5)):
         if group := [line for line in results if low <= line["agreement"] < high]:
             rows[f"{name:<13}{len(group) / len(results):>5.0%}"] = {"n": len(group), **shares(group)}
-    rows[auroc := "AUROC of agreement"] = {"n": len(results)}
+    auroc = "AUROC of agreement"
+    rows[auroc] = {"n": len(results)}
     for branch in shares(results):
         is_right = torch.tensor([line[branch]["correct"] for line in results])
         right, wrong = values[is_right], values[~is_right].sort().values
-        won = sum(torch.searchsorted(wrong, right, right=ties).sum().item() for ties in (False, True))  # twice
+        won = sum(
+            torch.searchsorted(wrong, right, right=ties).sum().item() for ties in (False, True)
+        )  # 2 for a pair, 1 for a tie
         rows[auroc][branch] = won / (2 * len(right) * len(wrong) or float("nan"))
     return rows
 
@@ -384,7 +387,11 @@ def draw_curves(folders: Sequence[str | Path], path: str | Path) -> None:
     kinds |= {f"{branch}_{metric}": "metric" for metric in ("acc", "f1", "nacc") for branch in BRANCHES}
     panels: dict[str, dict[str, list]] = {}
     for folder in folders:
-        rows = [json.loads(each) for _, each in data.json_lines(Path(folder, "metrics.jsonl")) if each.endswith(b"}\n")]
+        rows = []
+        for where, line in data.json_lines(Path(folder, "metrics.jsonl")):
+            if line.endswith(b"}\n"):
+                with data.located(where):
+                    rows.append(json.loads(line))
         for name, kind in kinds.items():
             title, label = (f"{kind}: {name}", str(folder)) if len(folders) > 1 else (kind, name)
             points = [(row["step"], row[name], 0) for row in rows if name in row and row.get("weights") != "best"]
@@ -744,7 +751,9 @@ def parse_arguments() -> argparse.Namespace:
     for option, allowed in endings.items():
         name = getattr(args, option)
         if name and not (name.lower().endswith(allowed) and Path(name).absolute().parent.is_dir()):
-            parser.error(f"--{option} {name}: expected a file name that ends in {' or '.join(allowed)}, in a folder")
+            parser.error(
+                f"--{option} {name}: expected a file name that ends in {' or '.join(allowed)}, in a folder that exists"
+            )
     return args
 
 
@@ -777,7 +786,8 @@ def keep_freed_memory() -> None:
     """Linux: keep the memory that a tensor sets free for the next one. glibc gives large blocks back to the system, and
     then each page of the next activations costs a page fault: a fourth of a training step on a CPU."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; before glibc 2.35 at most 32 MB
+        if not libc.mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD
+            libc.mallopt(-3, 32 << 20)  # the most that glibc takes before 2.35
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 

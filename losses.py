@@ -2,7 +2,7 @@
 
     total = decoder * L_det(decoder, targets)                                                      Eq. 4
           + token_on_teacher * W_dt * L_det(token, decoder's boxes)                                Eq. 7
-          + token_on_truth * (1 - W_dt) * L_det(token, targets)
+          + token_on_truth * (1 - W_dt) * L_det(token, targets)             1 - W_dt is 1 without a teacher
 
 P predictions, such as the K decoder layers, of B examples with Q queries are logits (P, B, Q, 2) and boxes
 (P, B, Q, 4), cxcywh in 0..1; class 0 is the referred object, class 1 "no object". The truth is padded: targets
@@ -120,9 +120,9 @@ def simvg_loss(
 ) -> dict[str, Tensor]:
     """The total loss at the head of this file (D1), with targets (B, M, 4) and target_mask (B, M).
 
-    Returns scalars: `total`, its terms by their factors' names, and W_dt as `teacher_weight`. A factor of None leaves
-    its term out, and a branch that no term needs may be None in `output`. Without a teacher there is no W_dt. `norm` is
-    what `step_normalisers` gives for the whole step; without it this batch is the whole step.
+    Returns scalars: `total`, its terms by their factors' names and, with a teacher, W_dt as `teacher_weight`. A factor
+    of None leaves its term out, and a branch that no term needs may be None in `output`. `norm` is what
+    `step_normalisers` gives for the whole step; without it this batch is the whole step.
     """
     branches = {"decoder": (output.decoder_logits, output.decoder_boxes)} if output.decoder_logits is not None else {}
     if output.token_logits is not None:

@@ -1,7 +1,7 @@
 """Train SimVG in one process, or under torchrun in one process (rank) per GPU.
 
     python train.py --config configs.json:shapes
-    torchrun --nproc_per_node 8 train.py --config configs.json:refcoco --init beit3_base_patch16_224.zip
+    torchrun --nproc_per_node 8 train.py --config configs.json:refcoco --init beit3_base_patch16_224.pth
 
 A run writes config.json, metrics.jsonl, last.pt (for --resume), best.pt, curves.png and samples.png. On one CPU process
 a resumed run is the same to the bit, because random choices depend on (seed, epoch, step) alone. Keys of `train`:
@@ -120,7 +120,7 @@ def main() -> None:
                 raise InputError(f"out of memory with {state.micro} examples at a time: {LESS_MEMORY}") from None
             progress.update(step_in_epoch=step + 1, step=progress["step"] + 1)  # counts skipped steps, too
             update_ema(state.ema, state.model, settings["ema_decay"], progress["step"])
-            if terms["grad_norm"].isfinite():  # the only wait for the device (in REC), after all its work is queued
+            if terms["grad_norm"].isfinite():  # waits for the device; in REC, only log_step does so again
                 state.skipped_in_a_row = 0
                 log_step(state, terms, waited, time.monotonic() - began, settings["epochs"] * sampler.steps)
             else:
@@ -229,7 +229,7 @@ def evaluate_split(state: TrainState, model: models.SimVG, split: str, weights: 
     """The metrics of a split, also as a printed table and as a row of metrics.jsonl, and its results."""
     dataset, rec, progress = state.splits[split], state.config["model"]["queries"] == 1, state.progress
     options = {"workers": state.config["data"]["workers"], "amp": state.amp, "title": split}
-    options["after_batch"] = lambda: state.signals and stop(state, "in an evaluation")  # last.pt is from just before
+    options["after_batch"] = lambda: stop_after_signal(state)
     results = evaluate.evaluate_dataset(model, dataset, state.collate, state.branch, **options)
     metrics = evaluate.summary(results, dataset.examples, grec=not rec)
     row = {"split": split, "weights": weights, "epoch": progress["epoch"], "step": progress["step"]}
@@ -460,6 +460,13 @@ def stop(state: TrainState, where: str, saved: bool = True) -> None:
     if state.rank == 0 and saved:
         tqdm.write(f"stopped {where}; the same command with --resume goes on", file=sys.stderr)
     sys.exit(128 + state.signals[0] if state.signals and saved else 2)
+
+
+def stop_after_signal(state: TrainState) -> None:
+    """Between two batches of an evaluation: all ranks stop together. last.pt is from just before."""
+    if losses.global_sum(torch.tensor(len(state.signals))):
+        wait_for_all(leave=True)
+        stop(state, "in an evaluation")
 
 
 def report_skipped(state: TrainState, terms: dict[str, Tensor], micro_batches: list[data.Batch]) -> None:
