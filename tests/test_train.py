@@ -307,14 +307,16 @@ def test_a_frozen_encoder_has_no_drop_path_no_graph_no_gradients_and_no_moments(
             assert name not in changed and p.grad is None and p not in state.optimizer.state
 
 
-def test_a_run_with_a_frozen_encoder_that_was_interrupted_ends_with_bitwise_the_same_weights(shapes, monkeypatch):
+def test_a_run_with_a_frozen_encoder_that_was_interrupted_ends_with_bitwise_the_same_weights(shapes, trained, monkeypatch):
     def interrupt(state: train.TrainState) -> None:
         raise KeyboardInterrupt
 
-    start(shapes, "frozen", *FROZEN)
+    assert "name weights with --init" in start(shapes, "frozen", *FROZEN, status=2).stderr
+    given = [*FROZEN, "--init", str(trained / "best.pt")]
+    start(shapes, "frozen", *given)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "validate", interrupt)  # after the first epoch, which last.pt holds
-        start(shapes, "refrozen", *FROZEN)
+        start(shapes, "refrozen", *given)
     assert last(shapes, "refrozen")["step"] < last(shapes, "frozen")["step"]
     start(shapes, "refrozen", *FROZEN, "--resume")
     a, b = last(shapes, "frozen"), last(shapes, "refrozen")
