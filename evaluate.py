@@ -369,7 +369,8 @@ def draw_page(examples: Sequence[data.Example], results: Sequence[Line], path: P
 
 def draw_line(image: Tensor, line: Line, side: int = 280) -> Image.Image:
     """image (3, H, W) with the boxes of a `record`."""
-    boxes = {name: line[name]["boxes"] for name in BRANCHES if name in line} | {"truth": line.get("truth", [])}
+    boxes = {"truth": line["truth"]} if "truth" in line else {}
+    boxes |= {name: line[name]["boxes"] for name in BRANCHES if name in line}
     size = torch.tensor([image.shape[2], image.shape[1]] * 2)
     boxes = {name: torch.tensor(each).reshape(-1, 4) / size for name, each in boxes.items()}
     text = agreement_text(line)

@@ -307,7 +307,7 @@ def test_a_frozen_encoder_has_no_drop_path_no_graph_no_gradients_and_no_moments(
             assert name not in changed and p.grad is None and p not in state.optimizer.state
 
 
-def test_a_run_with_a_frozen_encoder_that_was_interrupted_ends_with_bitwise_the_same_weights(shapes, trained, monkeypatch):
+def test_an_interrupted_run_with_a_frozen_encoder_ends_with_bitwise_the_same_weights(shapes, trained, monkeypatch):
     def interrupt(state: train.TrainState) -> None:
         raise KeyboardInterrupt
 
