@@ -7,8 +7,7 @@
 
 B batch, N image tokens, L text tokens, Q queries (1 in REC, 10 in gREC), K decoder layers, D encoder width,
 C head width, T = 1 + N + L. Boxes are cxcywh in 0..1 of the image; class 0 is "the referred object", class 1
-"no object". With `amp` only the encoder runs in 16 bits; whatever makes a box stays in float32, since a bf16 box is
-off by up to 2 pixels. The second half of this file loads and saves models.
+"no object". With `amp` only the encoder runs in 16 bits, since a bf16 box is off by up to 2 pixels.
 """
 
 import math
@@ -214,9 +213,7 @@ class SimVG(nn.Module):
     def forward(
         self, images: Tensor, tokens: Tensor, text_pad: Tensor, branch: str = "both", amp: torch.dtype | None = None
     ) -> Output:
-        """Boxes for phrases.
-
-        images (B, 3, S, S): uint8, or float and then already normalised; tokens (B, L) int64; text_pad (B, L) bool,
+        """images (B, 3, S, S): uint8, or float and then already normalised; tokens (B, L) int64; text_pad (B, L) bool,
         True = padding; branch "both", "decoder" or "token"; amp: run the encoder (only) in this precision.
         """
         assert branch in ("both", "decoder", "token"), branch
@@ -407,8 +404,11 @@ def read_checkpoint(path: str | Path) -> dict:
             raise CheckpointError(f"{path}: is not a regular file")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
-                if damaged := file.testzip():  # compares checksums, which torch.load does not
-                    raise CheckpointError(f"{path}: is damaged, the checksum of {damaged} is wrong")
+                damaged, names = file.testzip(), file.namelist()  # compares checksums, which torch.load does not
+            if damaged:
+                raise CheckpointError(f"{path}: is damaged, the checksum of {damaged} is wrong")
+            if not any(name.endswith("data.pkl") for name in names):
+                raise CheckpointError(f"{path}: is a zip around other files ({', '.join(names):.90}), unpack it")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise CheckpointError(f"{path}: is not a checkpoint: it holds a {type(state).__name__}")

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -352,3 +353,13 @@ def test_a_pipe_or_a_device_is_no_checkpoint_and_nothing_waits_for_it(tmp_path):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_zip_around_a_checkpoint_is_refused_with_the_advice_to_unpack_it(tmp_path):
+    models.save(tmp_path / "beit3.pth", {"model": {}})
+    with zipfile.ZipFile(tmp_path / "beit3.zip", "w") as around:
+        around.write(tmp_path / "beit3.pth", "beit3.pth")
+    with pytest.raises(
+        models.CheckpointError, match=r"beit3.zip: is a zip around other files \(beit3.pth\), unpack it"
+    ):
+        models.read_checkpoint(tmp_path / "beit3.zip")
