@@ -943,8 +943,9 @@ class _PlainUnpickler(pickle._Unpickler):  # the one in C takes as much memory a
 
     def find_class(self, module: str, name: str) -> object:
         numbers = {kind: np.dtype(kind) for kind in ("i4", "i8", "f4", "f8")}  # numpy would crash on some forged types
-        allowed = {"ndarray": np.ndarray, "dtype": lambda kind, *_: numbers[kind], "encode": str.encode}
-        allowed |= {"_reconstruct": np._core.multiarray._reconstruct}
+        # A copy, because what follows in the pickle sets its byte order.
+        allowed = {"dtype": lambda kind, *_: np.dtype(numbers[kind], copy=True), "ndarray": np.ndarray}
+        allowed |= {"_reconstruct": np._core.multiarray._reconstruct, "encode": str.encode}
         if module.startswith(("numpy", "_codecs")) and name in allowed:
             return allowed[name]
         raise pickle.UnpicklingError(f"it would call {module}.{name}")

@@ -181,9 +181,8 @@ def by_agreement(results: Sequence[Line]) -> dict[str, dict[str, float]]:
     for branch in shares(results):
         is_right = torch.tensor([line[branch]["correct"] for line in results])
         right, wrong = values[is_right], values[~is_right].sort().values
-        won = sum(
-            torch.searchsorted(wrong, right, right=ties).sum().item() for ties in (False, True)
-        )  # 2 for a pair, 1 for a tie
+        # A pair in the right order counts 2, a tie 1.
+        won = sum(torch.searchsorted(wrong, right, right=ties).sum().item() for ties in (False, True))
         rows[auroc][branch] = won / (2 * len(right) * len(wrong) or float("nan"))
     return rows
 

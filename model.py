@@ -102,7 +102,7 @@ class TextGuidedQuery(nn.Module):
         # each layer starts by itself, not as a copy of the first (deviation D11)
         self.layers = nn.ModuleList(DecoderLayer(width, ffn, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.as_released = as_released  # whether to compute what D3 and D4 say; `initialise` may change it later
+        self.as_released = as_released  # compute as the released weights need (D3, D4); `initialise` may set it
         paper, released = (beit3.sine_1d(beit3.TEXT_POSITIONS, width, one_frequency) for one_frequency in (False, True))
         self.register_buffer("positions", torch.stack([paper, released]), persistent=False)
 

@@ -429,8 +429,15 @@ def test_numbers_of_400_digits_are_refused_in_one_line(box, tmp_path):
         assert f"{name}{where}" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("made", [("O8", "|"), ("V8", "|"), ("S4", "|"), ("c16", "<")])
-def test_a_pickled_array_of_anything_but_plain_numbers_is_refused_and_crashes_nothing(made, tmp_path):
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        *((made, "is not of the expected layout: KeyError") for made in (("O8", "|"), ("V8", "|"), ("S4", "|"))),
+        (("c16", "<"), "is not of the expected layout: KeyError"),
+        (("i8", ">"), "row 0: a box must be [x, y, w, h] in pixels"),  # the bytes of the numbers in the wrong order
+    ],
+)
+def test_a_pickled_array_of_anything_but_plain_numbers_is_refused_and_crashes_nothing(made, expected, tmp_path):
     """The pickle of a whole array, whose dtype is then changed to one of `made`, as a forged file would."""
     array = pickle.dumps([("5.jpg", np.array([1, 2, 31, 42]), "bride")], protocol=2)
     kind, order = made
@@ -443,7 +450,13 @@ def test_a_pickled_array_of_anything_but_plain_numbers_is_refused_and_crashes_no
         [sys.executable, "-c", line, str(tmp_path / "flickr_val.pth"), str(tmp_path / "out" / "{split}.jsonl")],
         **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60},
     )
-    assert done.returncode == 1 and "flickr_val.pth: " in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and f"flickr_val.pth: {expected}" in done.stderr.splitlines()[-1]
+
+
+def test_a_pickled_array_in_the_other_byte_order_is_read_as_the_same_numbers(tmp_path):
+    write_legacy_pth(tmp_path / "flickr_test.pth", [("5.jpg", np.array([1, 2, 31, 42], dtype=">f4"), "bride")])
+    data.convert([str(tmp_path / "flickr_test.pth")], str(tmp_path / "{split}.jsonl"), None)
+    assert json.loads((tmp_path / "test.jsonl").read_text())["boxes"] == [[1, 2, 30, 40]]
 
 
 def test_a_pickle_that_says_it_needs_64_gigabytes_is_refused_without_them(tmp_path):

@@ -189,6 +189,7 @@ def test_the_first_screen_shows_wrong_answers_first_and_every_card_has_its_pictu
     cards = page.locator(".card").all_inner_texts()
     assert all(text in card for text, card in zip(both_wrong, cards[: len(both_wrong)], strict=True))
     assert page.locator(".card.wrong").count() == 48 and page.locator(".card image").count() == 48
+    assert "decoder wrong: IoU 0.00, score 0.95" in cards[0] and "token wrong: IoU 0.00, score 0.95" in cards[0]
     sizes = page.evaluate(
         "Promise.all([...document.querySelectorAll('image')].map(async shown => {"
         "const image = new Image(); image.src = shown.getAttribute('href'); await image.decode(); return image.width}))"
