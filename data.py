@@ -35,7 +35,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 from reprlib import repr as brief  # shortens whatever a message quotes
@@ -74,10 +74,7 @@ class Dataset:
 
     def __init__(self, rows: Sequence[Row], image_size: int, seed: int = 0, jitter: Sequence[float] | None = None):
         self.rows, self.image_size, self.seed, self.jitter = rows, image_size, seed, jitter
-        self.read: tuple = (
-            None,
-            None,
-        )  # the image that was read last, as evaluation asks for its expressions one after another
+        self.read: tuple = (None, None)  # the last image: evaluation asks for its expressions one after another
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -533,6 +530,7 @@ KEYS: dict[str, type | tuple | list] = {
     "data.workers": NATURAL,  # loader processes of each rank, in evaluation threads; 0 loads in the main process
     "data.generate": str,  # draw an embedded set on first use, "shapes" or "shapes-grec"; "" draws none
     "data.scenes": NATURAL,  # number of training scenes of that set
+    "data.label_noise": (0.0, 1.0),  # share of its training rows that are trained with a wrong box, as real sets hold
 }
 # The keys of `model` are explained at SimVG.__init__ in model.py, those of `train` at the head of train.py.
 for section, names, allowed in (
@@ -609,7 +607,8 @@ def override_config(config: dict, overrides: Sequence[str]) -> None:
 
 def check_config(config: dict, where: str) -> None:
     """InputError unless a config, of a file or a checkpoint, has every key and the values fit `KEYS` and each other."""
-    config["train"].setdefault("freeze_encoder", False)  # which checkpoints of older versions lack
+    config["train"].setdefault("freeze_encoder", False)  # checkpoints of older versions lack these two
+    config["data"].setdefault("label_noise", 0.0)
     values = {f"{section}.{key}": value for section, keys in config.items() for key, value in keys.items()}
     if missing := KEYS.keys() - values.keys():
         raise InputError(f"{where}: the config lacks {min(missing)}")
@@ -626,6 +625,8 @@ def check_config(config: dict, where: str) -> None:
         raise InputError(f'{where}: train.amp must be "" (float32), "bf16" or "fp16", not {config["train"]["amp"]!r}')
     if generate not in ("", *SCENE_SETS):
         raise InputError(f"data.generate={brief(generate)}: there are: {', '.join(SCENE_SETS)}")
+    if config["data"]["label_noise"] and not generate:
+        raise InputError(f"{where}: data.label_noise is for the embedded sets (data.generate) alone")
 
 
 def _set(config: dict, where: str, key: str, value: object) -> None:
@@ -685,6 +686,8 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
         }
     print_table(table)
     several = sum(count["- without a target"] + count["- with several"] for count in table.values())
+    if settings["label_noise"] and "train" in splits:
+        print(f"note: data.label_noise={settings['label_noise']} of the rows of train get a wrong box", file=sys.stderr)
     if several and config["model"]["queries"] == 1:
         print(f"note: {several:,} expressions need a recipe with several queries, such as grefcoco", file=sys.stderr)
     print(*faults[:20], sep="\n", end="\n" if faults else "")
@@ -1102,6 +1105,24 @@ def phrases(things: list[Thing], kind: str) -> list[tuple[str, list[int]]]:
                     named = [i for i, offset in zip(others, offsets, strict=True) if offset > 0]
                     found.append((f"the {words} {name} the {anchor_words}", named))
     return found
+
+
+def with_wrong_boxes(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
+    """About this share of the rows, chosen by the seed, gets a wrong box: that of another row of the same image or,
+    where there is none, its own one moved and scaled. Rows without a target stay as they are."""
+    of_image: dict[str, set[Box]] = {}
+    for row in rows:
+        of_image.setdefault(row[0].image, set()).update(row[0].boxes)
+    noisy = []
+    for index, row in enumerate(rows):
+        rng, right = random.Random(f"noise/{seed}/{index}"), row[0].boxes
+        if right and rng.random() < share:
+            side = min(SCENE_SIZE, right[0][2] * rng.uniform(0.6, 1.4))
+            moved = (rng.uniform(0, SCENE_SIZE - side), rng.uniform(0, SCENE_SIZE - side), side, side)
+            wrong = rng.choice(sorted(of_image[row[0].image] - set(right)) or [moved])
+            row = tuple(replace(example, boxes=(wrong,)) for example in row)
+        noisy.append(row)
+    return noisy
 
 
 # -------------------------------------------------------------------------------------------------- the program

@@ -100,7 +100,8 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: state.signals.append(received))
     if rank == 0:
-        print(f"{state.out}: {world} rank(s) on {device.type}, micro-batches of {state.micro}", file=sys.stderr)
+        noise = f", label noise {noise}" if (noise := config["data"]["label_noise"]) else ""
+        print(f"{state.out}: {world} rank(s) on {device.type}, micro-batches of {state.micro}{noise}", file=sys.stderr)
 
     # 4. The loop.
     for epoch in range(progress["epoch"], settings["epochs"]):
@@ -308,6 +309,8 @@ def set_up(args: argparse.Namespace) -> TrainState:
     rows = data.read_rows(config["data"], "train")
     if rank == 0:
         data.check_files(rows)
+    if noise := config["data"]["label_noise"]:
+        rows = data.with_wrong_boxes(rows, noise, config["train"]["seed"])
     splits = {split: evaluate.load_split(config, split) for split in config["data"]["eval_splits"]}
     digest = data.fingerprint([rows, *(split.rows for split in splits.values())])
     mine = config["train"], digest, saved and saved.get("step")

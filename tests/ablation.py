@@ -1,13 +1,16 @@
-"""What each part of SimVG is worth: an embedded set without it, over three seeds, mean and spread.
+"""What each part of SimVG is worth: an embedded set without it, with right and with wrong labels, over three seeds.
 
-    python tests/ablation.py --epochs 3          writes runs/ablation-shapes/: a run each, table.md and curves.png
+    python tests/ablation.py                     writes runs/ablation-shapes-quick/: the runs, table.md, two pictures
+    python tests/ablation.py --config configs.json:shapes-grec --noise 0
 
-Each run is the recipe `shapes` (or --config configs.json:shapes-grec) with changed loss factors, or with one piece of
-the code replaced (`PIECES`), for as many epochs; `two stages` takes half of them, rounded up, for the decoder branch
-alone. The runs share the cores, a thread each. A run that is already there is not run again.
+Each run is a recipe with changed loss factors, or with one piece of the code replaced (`PIECES`), for as many epochs;
+`two stages` takes half of them, rounded up, for the decoder branch alone. A share of the training rows, --noise, has a
+wrong box (data.label_noise); `val` and `test` have none. The runs share the cores, a thread each. What is already there
+is not run again, and a run that was stopped goes on.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -20,6 +23,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from torch import Tensor
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -40,14 +44,16 @@ VARIANTS = {  # name -> changed settings
     "both, no distillation": NO_TEACHER,
     "both, plain distillation": [],
     SIMVG: [],
-    "SimVG without TQG": [],
+    "both, DWBD with the factors of Eq. 7": ["train.loss_token_on_teacher=2", "train.loss_token_on_truth=1"],
+    "both, the teacher alone": [],
     "SimVG in two stages": [],
+    "SimVG without TQG": [],
 }
 
 
-def half(logits: Tensor, *_) -> Tensor:
-    """Plain distillation: the teacher is trusted by half, however good it is."""
-    return logits.new_tensor(0.5)
+def constant(weight: float, logits: Tensor, *_) -> Tensor:
+    """A W_dt that does not ask how good the teacher is: 1/2 is plain distillation, 1 leaves the student no truth."""
+    return logits.new_tensor(weight)
 
 
 def queries_without_text(tqg: models.TextGuidedQuery, text: Tensor, text_pad: Tensor) -> Tensor:
@@ -56,13 +62,14 @@ def queries_without_text(tqg: models.TextGuidedQuery, text: Tensor, text_pad: Te
 
 
 PIECES = {
-    "both, plain distillation": patch.object(losses, "teacher_weight", half),
+    "both, plain distillation": patch.object(losses, "teacher_weight", functools.partial(constant, 0.5)),
+    "both, the teacher alone": patch.object(losses, "teacher_weight", functools.partial(constant, 1.0)),
     "SimVG without TQG": patch.object(models.TextGuidedQuery, "forward", queries_without_text),
 }
 
 
-def folder(out: Path, variant: str, seed: int) -> Path:
-    return out / f"{variant.replace(', ', '-').replace(': ', '-').replace(' ', '-')}-{seed}"
+def folder(out: Path, noise: float, variant: str, seed: int) -> Path:
+    return out / f"noise-{noise:g}" / f"{variant.replace(', ', '-').replace(': ', '-').replace(' ', '-')}-{seed}"
 
 
 def start(config: str, out: Path, settings: Sequence[str], init: Path | None = None) -> None:
@@ -79,22 +86,24 @@ def start(config: str, out: Path, settings: Sequence[str], init: Path | None = N
                 raise
 
 
-def one(args: argparse.Namespace) -> None:
+def one(args: argparse.Namespace, noise: float, variant: str, seed: int) -> None:
     """One run, in a process of its own."""
-    out = folder(args.out, args.variant, args.seed)
-    settings = [f"train.seed={args.seed}", f"train.epochs={args.epochs}", *VARIANTS[args.variant]]
+    out = folder(args.out, noise, variant, seed)
+    settings = [f"train.seed={seed}", f"train.epochs={args.epochs}", f"data.label_noise={noise}", *VARIANTS[variant]]
     init = None
-    if args.variant == "SimVG in two stages":
-        second = args.epochs // 2
-        init = out.with_name(f"{out.name}-first") / "best.pt"
-        start(args.config, init.parent, [*settings, *NO_TOKEN, f"train.epochs={args.epochs - second}"])
-        settings += [f"train.epochs={second}", "train.warmup_epochs=0"]
-    with PIECES.get(args.variant, nullcontext()):
-        start(args.config, out, settings, init)
+    with patch.object(data, "read_image", functools.cache(data.read_image)):  # the pictures fit into memory
+        if variant == "SimVG in two stages":
+            second = args.epochs // 2
+            init = out.with_name(f"{out.name}-first") / "best.pt"
+            start(args.config, init.parent, [*settings, *NO_TOKEN, f"train.epochs={args.epochs - second}"])
+            settings += [f"train.epochs={second}", "train.warmup_epochs=0"]
+        with PIECES.get(variant, nullcontext()):
+            start(args.config, out, settings, init)
 
 
-def rows(out: Path, variant: str, seed: int, split: str, weights: str | None = None) -> list[dict]:
-    lines = (folder(out, variant, seed) / "metrics.jsonl").read_text().splitlines()
+def rows(run: Path, split: str, weights: str | None = None) -> list[dict]:
+    """The rows of a run's metrics.jsonl that are about this split (and these weights)."""
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
     return [row for row in map(json.loads, lines) if row["split"] == split and row.get("weights") == weights]
 
 
@@ -103,62 +112,85 @@ def accuracy(row: dict, branch: str) -> float | None:
     return next((100 * row[name] for name in (f"{branch}_acc", f"{branch}_f1") if name in row), None)
 
 
-def table(out: Path, variants: Sequence[str]) -> str:
-    """Accuracy on `test`: mean, spread (standard deviation over the seeds) and each seed."""
-    lines = ["| `test`, mean ± spread (each seed) | decoder branch | token branch |", "|---|---|---|"]
-    for variant in variants:
+def on_test(args: argparse.Namespace, noise: float, variant: str, branch: str) -> list[float]:
+    """The accuracy of the best weights on `test`, of each seed whose run has ended."""
+    runs = (rows(folder(args.out, noise, variant, seed), "test", "best")[-1:] for seed in SEEDS)
+    return [value for run in runs for row in run if (value := accuracy(row, branch)) is not None]
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation over the seeds."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def table(args: argparse.Namespace) -> str:
+    """Accuracy on `test` for each branch and share of wrong boxes: mean, spread and each seed."""
+    columns = [(branch, noise) for branch in evaluate.BRANCHES for noise in args.noise]
+    names = " | ".join(f"{branch}, {100 * noise:g} % wrong boxes" for branch, noise in columns)
+    lines = [f"| `test`, mean ± spread (each seed) | {names} |", "|---" * (len(columns) + 1) + "|"]
+    for variant in args.variant:
         cells = []
-        for branch in evaluate.BRANCHES:
-            values = [accuracy(rows(out, variant, seed, "test", "best")[-1], branch) for seed in SEEDS]
-            if None in values:
-                cells.append("")
-                continue
-            seeds = ", ".join(f"{value:.1f}" for value in values)
-            cells.append(f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} ({seeds})")
-        lines.append(f"| {variant} | {cells[0]} | {cells[1]} |")
+        for branch, noise in columns:
+            values = on_test(args, noise, variant, branch)
+            each = ", ".join(f"{value:.1f}" for value in values)
+            cells.append(f"{statistics.mean(values):.1f} ± {spread(values):.1f} ({each})" if values else "")
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def curves(out: Path, path: Path) -> None:
-    """W_dt of each seed, and the token branch's accuracy on `val`: mean and standard deviation over the seeds."""
-    weights = {}
+def pictures(args: argparse.Namespace) -> None:
+    """noise.png: accuracy on `test` over the share of wrong boxes. curves.png: with the most wrong boxes, W_dt of each
+    seed, and the token branch's accuracy on `val`. Error bars are standard deviations over the seeds."""
+    panels = {}
+    for branch in evaluate.BRANCHES:
+        lines = panels[f"accuracy of the {branch} branch, %"] = {}
+        for variant in args.variant:
+            cells = [(100 * noise, on_test(args, noise, variant, branch)) for noise in args.noise]
+            lines[variant] = [(x, statistics.mean(values), spread(values)) for x, values in cells if values]
+    evaluate.draw_panels(panels, args.out / "noise.png", "training rows with a wrong box, %")
+    most, weights, shown = max(args.noise), {}, {}
     for seed in SEEDS:
-        weights[f"seed {seed}"] = [(row["step"], row["teacher_weight"], 0) for row in rows(out, SIMVG, seed, "train")]
-    shown: dict[str, list] = {}
-    for variant in ("token branch alone", "both, no distillation", "both, plain distillation", SIMVG):
-        for each in zip(*(rows(out, variant, seed, "val", "last") for seed in SEEDS), strict=True):
-            values = [accuracy(row, "token") for row in each]
-            shown.setdefault(variant, []).append((each[0]["step"], statistics.mean(values), statistics.stdev(values)))
-    evaluate.draw_panels({"W_dt": weights, "accuracy of the token branch, %": shown}, path)
+        logged = rows(folder(args.out, most, SIMVG, seed), "train")
+        weights[f"seed {seed}"] = [(row["step"], row["teacher_weight"], 0) for row in logged]
+    for variant in args.variant:
+        runs = [rows(folder(args.out, most, variant, seed), "val", "last") for seed in SEEDS]
+        for each in zip(*filter(None, runs), strict=False):
+            if values := [value for row in each if (value := accuracy(row, "token")) is not None]:
+                point = each[0]["step"], statistics.mean(values), spread(values)
+                shown.setdefault(variant, []).append(point)
+    evaluate.draw_panels({"W_dt": weights, "accuracy of the token branch, %": shown}, args.out / "curves.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=f"{ROOT}/configs.json:shapes")
+    parser.add_argument("--config", default=f"{ROOT}/configs.json:shapes-quick", metavar="FILE:NAME")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--noise", type=float, nargs="+", default=[0, 0.15, 0.3], help="shares of wrong boxes")
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    parser.add_argument("--seed", type=int, nargs="+", default=SEEDS, help="default: 6666 1 2")
     parser.add_argument("--out", type=Path, help="default: runs/ablation-NAME")
-    parser.add_argument("--variant", choices=VARIANTS, help="only this one")
-    parser.add_argument("--seed", type=int, help="and only this seed, in this process")
+    parser.add_argument("--here", action="store_true", help="one run, in this process; used by the program itself")
     args = parser.parse_args()
     args.out = args.out or Path(f"runs/ablation-{args.config.rpartition(':')[2]}")
-    if args.seed is not None:
-        return one(args)
+    if args.here:
+        return one(args, args.noise[0], args.variant[0], args.seed[0])
     data.make_embedded_set(data.load_config(args.config)["data"])
-    variants = [args.variant] if args.variant else list(VARIANTS)
     again = [sys.executable, __file__, "--config", args.config, "--epochs", str(args.epochs), "--out", str(args.out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    args.out.mkdir(parents=True, exist_ok=True)
 
-    def run(variant: str, seed: int) -> None:
-        subprocess.run([*again, "--variant", variant, "--seed", str(seed)], check=True, env=environment)
+    def run(seed: int, noise: float, variant: str) -> None:
+        which = ["--here", "--noise", str(noise), "--variant", variant, "--seed", str(seed)]
+        with open(args.out / "log.txt", "a") as log:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run([*again, *which], check=True, env=environment, stdout=log, stderr=log)
 
+    jobs = [(seed, noise, variant) for seed in args.seed for noise in args.noise for variant in args.variant]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(run, *zip(*((v, s) for s in SEEDS for v in variants), strict=True)))
-    text = table(args.out, variants)
-    (args.out / "table.md").write_text(text + "\n")
-    print(text)
-    if variants == list(VARIANTS):
-        curves(args.out, args.out / "curves.png")
+        for _ in tqdm(pool.map(run, *zip(*jobs, strict=True)), "runs", len(jobs)):  # says how long they all take
+            (args.out / "table.md").write_text(table(args) + "\n")
+    print(table(args))
+    pictures(args)
 
 
 if __name__ == "__main__":
-    data.run(main)
+    data.run(main, subprocess.CalledProcessError)
