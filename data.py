@@ -662,7 +662,7 @@ def nearest(word: str, words: Sequence[str]) -> str:
     """A question that suggests the right word for a mistyped one."""
     longer = sorted((other for other in words if other.startswith(word)), key=len)[:3]
     close = longer or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are: {', '.join(sorted(words))}"
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are: {', '.join(sorted(words)):.900}"
 
 
 # ---------------------------------------------------------------------------------------------- check and show

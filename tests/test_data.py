@@ -437,6 +437,26 @@ def test_the_grec_set_has_expressions_with_no_one_and_several_targets(shapes):
     assert counts == {0, 1, 2}
 
 
+@pytest.mark.parametrize("kind", ["shapes", "shapes-grec"])
+def test_label_noise_gives_a_share_of_the_rows_a_box_of_another_thing_as_the_seed_says(shapes, kind):
+    clean = shapes_dataset(shapes, kind).rows
+    noisy = data.with_wrong_boxes(clean, 0.3, seed=1)
+    assert noisy == data.with_wrong_boxes(clean, 0.3, seed=1) != data.with_wrong_boxes(clean, 0.3, seed=2)
+    assert data.with_wrong_boxes(clean, 0.0, seed=1) == clean
+    with_target = [pair for pair in zip(clean, noisy, strict=True) if pair[0][0].boxes]
+    wrong = [(right, row) for right, row in with_target if row != right]
+    assert 0.2 < len(wrong) / len(with_target) < 0.4
+    others = 0
+    for right, row in wrong:
+        ((box,),) = {example.boxes for example in row}  # one box, the same for every expression of the row
+        assert box not in right[0].boxes
+        data.check_box(box, right[0].size)
+        assert [replace(example, boxes=right[0].boxes) for example in row] == list(right)  # nothing else changed
+        others += any(box in other[0].boxes for other in clean if other[0].image == row[0].image)
+    assert others > len(wrong) / 3  # the rest are images with one thing, whose box is moved
+    assert all(row == right for right, row in zip(clean, noisy, strict=True) if not right[0].boxes)
+
+
 def test_making_the_set_twice_gives_the_same_files(tmp_path):
     for name in ("a", "b"):
         data.make_shapes(tmp_path / name, 12, "shapes-grec", show=False)
@@ -484,6 +504,8 @@ def test_boxes_of_a_row_without_a_size_are_held_against_the_image_before_anythin
         ('data.sources={"vg": 3}', "data.sources must be"),
         ('data.images="a\\u0000b"', "data.images must be a string"),
         ("data.generate=circles", "there are: shapes, shapes-grec"),
+        ("data.label_noise=0.3", "data.label_noise is for the embedded sets"),
+        ("data.label_noise=30", "data.label_noise must be a number from 0.0 to 1.0"),
         ("train.ema=" + "[" * 100_000, "true or false"),
         ("train.ema=" + "[" * 900 + "]" * 900, "true or false"),
         ("train." + "x" * 100_000 + "=1", "unknown key"),

@@ -46,23 +46,32 @@ def test_the_benchmark_of_the_losses_compares_equal_matchings(capsys):
     assert "the matchings are equal" in capsys.readouterr().out
 
 
-def test_the_ablation_trains_every_variant_and_draws_its_table(shapes: Path, tmp_path: Path, monkeypatch):
+def test_the_ablation_trains_every_variant_and_draws_its_tables_and_pictures(shapes: Path, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(shapes)
     monkeypatch.setattr(train, "LOG_EVERY", 2)
     monkeypatch.setattr(ablation, "SEEDS", (1, 2))
     small = [setting for setting in SMALL_RUN if "epochs" not in setting]
     monkeypatch.setattr(ablation, "VARIANTS", {name: [*small, *own] for name, own in ablation.VARIANTS.items()})
-    for variant in ablation.VARIANTS:
-        for seed in ablation.SEEDS:
-            config = f"{ROOT}/configs.json:shapes"
-            with signals_kept():
-                ablation.one(argparse.Namespace(config=config, out=tmp_path, variant=variant, seed=seed, epochs=2))
-    lines = ablation.table(tmp_path, list(ablation.VARIANTS)).splitlines()
-    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in lines[2:]}
+    args = argparse.Namespace(config=f"{ROOT}/configs.json:shapes-quick", out=tmp_path, epochs=2, noise=[0.3, 0.0])
+    args.variant = list(ablation.VARIANTS)
+    for noise, variant, seed in (
+        *((0.3, variant, seed) for variant in args.variant for seed in (1, 2)),
+        *((0.0, variant, 1) for variant in ("token branch alone", "both, no distillation")),
+    ):
+        with signals_kept():
+            ablation.one(args, noise, variant, seed)
+    lines = ablation.table(args).splitlines()
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:6]] for line in lines[2:]}
     assert cells.keys() == ablation.VARIANTS.keys()
-    assert {name for name, (decoder, _) in cells.items() if not decoder} == {"token branch alone"}
-    assert {name for name, (_, token) in cells.items() if not token} == {"decoder branch alone"}
-    weights = {name: {row.get("teacher_weight") for row in ablation.rows(tmp_path, name, 1, "train")} for name in cells}
-    assert weights["both, plain distillation"] == {0.5} and weights["both, no distillation"] == {None}
-    ablation.curves(tmp_path, tmp_path / "curves.png")
-    assert (tmp_path / "SimVG-in-two-stages-1-first" / "best.pt").exists()
+    assert {name for name, (decoder, *_) in cells.items() if not decoder} == {"token branch alone"}
+    assert {name for name, (_, _, token, _) in cells.items() if not token} == {"decoder branch alone"}
+    # What was not run yet is left out, and a cell names as many seeds as there are.
+    assert {name for name, (*_, token) in cells.items() if token} == {"token branch alone", "both, no distillation"}
+    assert [cells["both, no distillation"][i].count(",") for i in (0, 1)] == [1, 0]
+    runs = {name: ablation.rows(ablation.folder(tmp_path, 0.3, name, 1), "train") for name in cells}
+    weights = {name: {row.get("teacher_weight") for row in logged} for name, logged in runs.items()}
+    assert weights["both, plain distillation"] == {0.5} and weights["both, the teacher alone"] == {1.0}
+    assert weights["both, no distillation"] == {None}
+    ablation.pictures(args)
+    assert (tmp_path / "noise.png").exists() and (tmp_path / "curves.png").exists()
+    assert (tmp_path / "noise-0.3" / "SimVG-in-two-stages-1-first" / "best.pt").exists()

@@ -325,15 +325,32 @@ def test_an_interrupted_run_with_a_frozen_encoder_ends_with_bitwise_the_same_wei
     assert not any(name.startswith("encoder.") for name in a["ema"])
 
 
-def test_a_checkpoint_from_before_an_encoder_could_be_frozen_goes_on_and_is_evaluated(shapes, trained):
+def test_a_checkpoint_of_an_older_version_goes_on_and_is_evaluated(shapes, trained):
     shutil.copytree(trained, shapes / "runs" / "unfrozen")
     for name in ("last.pt", "best.pt"):
         state = models.read_checkpoint(trained / name)
-        del state["config"]["train"]["freeze_encoder"]
+        del state["config"]["train"]["freeze_encoder"], state["config"]["data"]["label_noise"]
         models.save(shapes / "runs" / "unfrozen" / name, state)
     program("evaluate.py", "--ckpt", "runs/unfrozen/best.pt", cwd=shapes)
     assert "train.freeze_encoder=False" in start(shapes, "unfrozen", "--resume", FROZEN[0], status=2).stderr
     start(shapes, "unfrozen", "--resume")
+
+
+def test_label_noise_is_stated_changes_the_training_alone_and_stays_the_same_for_resume(shapes, trained, capsys):
+    noise = "data.label_noise=0.5"
+    start(shapes, "noisy", noise)
+    assert "label noise 0.5" in capsys.readouterr().err
+    assert last(shapes, "noisy")["rows"] != last(shapes, "trained")["rows"]
+    found = [row for row in rows(shapes, "noisy") if row.get("weights") == "best"]
+    printed = program("evaluate.py", "--ckpt", "runs/noisy/best.pt", cwd=shapes).stdout  # of the files as they are
+    figures = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert len(figures) == 2
+    for row, evaluated in zip(found, figures, strict=True):
+        assert all(round(value, 6) == row[name] for name, value in evaluated.items() if name != "split")
+    assert "data.label_noise=0.5" in start(shapes, "noisy", "--resume", status=2).stderr
+    start(shapes, "noisy", "--resume", noise)
+    line = ["data.py", "check", "--config", "configs.json:shapes", "--set", "data.scenes=60", noise]
+    assert "data.label_noise=0.5 of the rows of train get a wrong box" in program(*line, cwd=shapes).stderr
 
 
 def test_curves_of_several_runs_are_one_picture_and_a_folder_without_a_run_is_one_line(shapes):
