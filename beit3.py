@@ -41,9 +41,6 @@ class Expert(nn.Module):
         self.hidden_norm = nn.LayerNorm(ffn)
         self.fc2 = nn.Linear(ffn, width)
 
-    def attention_output(self, attended: Tensor) -> Tensor:
-        return self.out(self.inner_norm(attended))
-
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.hidden_norm(F.gelu(self.fc1(self.ffn_norm(x)))))
 
@@ -84,8 +81,8 @@ class MultiwayLayer(nn.Module):
         attended = attended.transpose(1, 2).flatten(2)  # (B, T, D); with object_only (B, 1+L, D)
         a_image, a_text = attended.split([image.shape[1], text.shape[1]], dim=1)
 
-        image = _add(image, self.image.attention_output(a_image), path_scale, 0)
-        text = _add(text, self.text.attention_output(a_text), path_scale, 0)
+        image = _add(image, self.image.out(self.image.inner_norm(a_image)), path_scale, 0)
+        text = _add(text, self.text.out(self.text.inner_norm(a_text)), path_scale, 0)
         image = _add(image, self.image.feed_forward(image), path_scale, 1)
         text = _add(text, self.text.feed_forward(text), path_scale, 1)
         return image, text
@@ -134,28 +131,21 @@ class BEiT3(nn.Module):
         with torch.no_grad():
             self.image_positions[:OBJECT_TOKENS].zero_()
             self.image_positions[OBJECT_TOKENS:] = sine_2d(self.grid, width)
-            self.text_positions.copy_(sine_1d(TEXT_POSITIONS, width))
+            self.text_positions.copy_(sine_1d(torch.arange(TEXT_POSITIONS), width))
 
     def forward(
-        self,
-        images: Tensor,
-        tokens: Tensor,
-        text_pad: Tensor,
-        object_only: bool = False,
-        maps: list[Tensor] | None = None,
+        self, images: Tensor, tokens: Tensor, text_pad: Tensor, object_only: bool = False, maps: list | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See the head of this file. With `object_only` the image tokens come back empty, (B, 0, D). Each layer appends
         its attention to `maps`, see `MultiwayLayer`."""
         image, text, attn_mask = self.embed(images, tokens, text_pad)
         path_scales = self.path_scales(images.shape[0])
+        recompute = self.checkpointing and torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
             scale = None if path_scales is None else path_scales[i]
             inputs = image, text, attn_mask, scale, object_only and last, maps
-            if self.checkpointing and torch.is_grad_enabled():
-                image, text = checkpoint(layer, *inputs, use_reentrant=False)
-            else:
-                image, text = layer(*inputs)
+            image, text = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
         image, text = self.image_norm(image), self.text_norm(text)
         return image[:, :OBJECT_TOKENS].mean(1), image[:, OBJECT_TOKENS:], text
 
@@ -187,25 +177,22 @@ class BEiT3(nn.Module):
                 module.to(amp)
 
 
-def sine_1d(length: int, width: int, one_frequency: bool = False) -> Tensor:
-    """1-D absolute sine positions (length, width): sin on even, cos on odd columns, temperature 10000.
+def sine_1d(places: Tensor, width: int, one_frequency: bool = False) -> Tensor:
+    """1-D absolute sine positions of places (n,) -> (n, width): sin on even, cos on odd columns, temperature 10000.
 
     `one_frequency` (D4) is what the official code computes: all frequencies but the first are cut to zero.
     """
     frequency = 10000 ** (-torch.arange(0, width, 2) / width)  # (width/2,)
     if one_frequency:
         frequency = frequency.long().float()
-    angle = torch.arange(length)[:, None] * frequency  # (length, width/2)
+    angle = places[:, None] * frequency  # (n, width/2)
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
 
 
 def sine_2d(grid: int, width: int) -> Tensor:
     """2-D absolute sine positions (grid*grid, width) of DETR: first half y, second half x, each over (0, 2 pi]."""
-    half = width // 2
-    frequency = 10000 ** (-torch.arange(0, half, 2) / half)  # (width/4,)
-    place = torch.arange(1, grid + 1) / (grid + 1e-6) * 2 * math.pi  # (grid,)
-    angle = place[:, None] * frequency  # (grid, width/4)
-    axis = torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)  # (grid, width/2)
+    places = torch.arange(1, grid + 1) / (grid + 1e-6) * 2 * math.pi  # (grid,)
+    axis = sine_1d(places, width // 2)  # (grid, width/2)
     y, x = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
     return torch.cat([y, x], dim=2).flatten(0, 1)
 
@@ -256,8 +243,7 @@ def pretrained_weights(state: dict, encoder: BEiT3) -> tuple[dict[str, Tensor], 
     if not official:
         raise ValueError("it holds neither SimVG nor BEiT-3 weights")
     unused = sorted(name for name in found if not name.startswith("beit3.") or name == f"beit3.{UNUSED}")
-    fitted = resize_pretrained(official, encoder.grid, encoder.patch_embed.kernel_size[0])
-    return from_beit3(fitted), unused
+    return from_beit3(resize_pretrained(official, encoder.grid, encoder.patch_embed.kernel_size[0])), unused
 
 
 def resize_positions(table: Tensor, grid: int, extra: int) -> Tensor:

@@ -49,9 +49,8 @@ from PIL import Image, ImageDraw, ImageOps
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.ops import box_convert, clip_boxes_to_image
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import draw_bounding_boxes
+from torchvision.ops import box_area, box_convert, clip_boxes_to_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------- from rows to batches
@@ -152,11 +151,11 @@ class Collate:
 
     def __call__(self, examples: list) -> Batch:
         images, expressions, boxes, index, _ = zip(*examples, strict=True)
-        counts = torch.tensor([len(each) for each in boxes])  # (B,)
-        padded = torch.zeros(len(boxes), max(1, counts.max().item()), 4)  # (B, M, 4); M is 1 where there is no box
+        targets = torch.tensor([len(each) for each in boxes])  # (B,)
+        padded = torch.zeros(len(boxes), max(1, targets.max().item()), 4)  # (B, M, 4); M is 1 where there is no box
         for row, each in zip(padded, boxes, strict=True):
             row[: len(each)] = each
-        mask = torch.arange(padded.shape[1]) < counts[:, None]  # (B, M)
+        mask = torch.arange(padded.shape[1]) < targets[:, None]  # (B, M)
         return Batch(torch.stack(images), *self.tokenizer(expressions, self.max_tokens), padded, mask, list(index))
 
 
@@ -191,9 +190,8 @@ def batches(
     workers = min(workers, os.cpu_count() or 1)  # more would only wait for each other
     options = {"num_workers": workers, "prefetch_factor": 4 if workers else None, "worker_init_fn": _leave_group}
     options |= {"pin_memory": pin, "generator": torch.Generator()}  # else it would draw from the global generator
-    loader = DataLoader(dataset, batch_sampler=keys, collate_fn=collate, **options)
     try:
-        iterator = iter(loader)
+        iterator = iter(DataLoader(dataset, batch_sampler=keys, collate_fn=collate, **options))
         # When a worker dies, torch's handler would raise in the middle of a step; without it the next batch raises.
         with suppress(ValueError, AttributeError):  # not in the main thread; Windows has no SIGCHLD
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -267,8 +265,7 @@ def pixels(image: Image.Image, turn: bool = True) -> Tensor:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode == "P":  # a palette may hold transparent colours, which convert() warns of
         image = image.convert("RGBA")
-    array = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3)
-    return torch.tensor(array).permute(2, 0, 1)  # (3, H, W)
+    return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))  # (3, H, W)
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
@@ -298,12 +295,11 @@ def large_scale_jitter(
         ratios = boxes.new_tensor([new_width / width, new_height / height] * 2)
         return resize(image, new_height, new_width), boxes * ratios
     crop_height, crop_width = max(1, round(height / scale)), max(1, round(width / scale))
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)  # (n,)
     for threshold in (0.9, 0.8, 0.7, 0.6, 0.5):  # first look for a window that keeps nearly everything
         for _ in range(20):
             x, y = rng.randint(0, width - crop_width), rng.randint(0, height - crop_height)
             kept = clip_boxes_to_image(boxes - torch.tensor([x, y, x, y]), (crop_height, crop_width))  # (n, 4)
-            if ((kept[:, 2:] - kept[:, :2]).prod(1) >= threshold * area).all():
+            if (box_area(kept) >= threshold * box_area(boxes)).all():
                 return image[:, y : y + crop_height, x : x + crop_width], kept
     return image, boxes  # no window was found
 
@@ -747,16 +743,13 @@ def draw(image: Tensor, boxes: dict[str, Tensor], caption: str, side: int = 280)
     """image (3, H, W) uint8 and {"truth" | "decoder" | "token": (n, 4) xyxy in 0..1} -> a captioned picture."""
     scale = side / max(image.shape[1:])
     height, width = (max(1, round(scale * length)) for length in image.shape[1:])
-    canvas = resize(image, height, width)
-    for name, each in boxes.items():
-        if len(each):
-            scaled = each * torch.tensor([width, height, width, height])
-            canvas = draw_bounding_boxes(canvas, scaled, colors=INK[name], width=2)
     page = Image.new("RGB", (side, height + 32))
-    page.paste(to_pil_image(canvas))
+    page.paste(to_pil_image(resize(image, height, width)))
     pen = ImageDraw.Draw(page)
     pen.text((3, height + 2), caption[: side // 6], fill="white")
-    for i, name in enumerate(boxes):
+    for i, (name, each) in enumerate(boxes.items()):
+        for box in (each * torch.tensor([width, height, width, height])).long().tolist():
+            pen.rectangle(box, outline=INK[name], width=2)
         pen.text((3 + 60 * i, height + 17), name, fill=INK[name])
     return page
 
@@ -1005,18 +998,17 @@ def _draw_set(folder: Path, scenes: int, set_name: str, show: bool) -> None:
     rows: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
     for split, of_split in rows.items():
         training, scene = split == "train", 0
-        wanted, counts = (scenes, SCENE_SETS[set_name][0]) if training else (min(2000, scenes), SCENE_SETS[set_name][1])
-        bar = tqdm(total=wanted, desc=f"drawing {split}", disable=None if show else True, leave=False)
-        while (scene if training else len(of_split)) < wanted:
-            rng = random.Random(f"shapes/{split}/{scene}")  # every scene has a seed of its own
-            image, things = draw_scene(rng, counts)
-            name = f"{split}_{scene:05d}.jpg"
-            image.save(folder / "images" / name, quality=92, subsampling=0)
-            new = _shapes_rows(things, name, set_name == "shapes-grec", rng)
-            of_split += new if training else [{**row, "expressions": row["expressions"][:1]} for row in new]
-            scene += 1
-            bar.update(1 if training else len(new))
-        bar.close()
+        wanted, sizes = (scenes, SCENE_SETS[set_name][0]) if training else (min(2000, scenes), SCENE_SETS[set_name][1])
+        with tqdm(total=wanted, desc=f"drawing {split}", disable=None if show else True, leave=False) as bar:
+            while (scene if training else len(of_split)) < wanted:
+                rng = random.Random(f"shapes/{split}/{scene}")  # every scene has a seed of its own
+                image, things = draw_scene(rng, sizes)
+                name = f"{split}_{scene:05d}.jpg"
+                image.save(folder / "images" / name, quality=92, subsampling=0)
+                new = _shapes_rows(things, name, set_name == "shapes-grec", rng)
+                of_split += new if training else [{**row, "expressions": row["expressions"][:1]} for row in new]
+                scene += 1
+                bar.update(1 if training else len(new))
         lines = [json.dumps(row) + "\n" for row in (of_split if training else of_split[:wanted])]
         (folder / f"{split}.jsonl").write_text("".join(lines))
     # 160 pieces are enough for every word of the phrases to be one piece.
@@ -1026,10 +1018,10 @@ def _draw_set(folder: Path, scenes: int, set_name: str, show: bool) -> None:
     (folder / "shapes.spm").write_bytes(model.getvalue())
 
 
-def draw_scene(rng: random.Random, counts: Sequence[int]) -> tuple[Image.Image, list[Thing]]:
-    """A grey square with some things (as many as one of `counts`) that do not overlap and often look alike."""
+def draw_scene(rng: random.Random, sizes: Sequence[int]) -> tuple[Image.Image, list[Thing]]:
+    """A grey square with some things (as many as one of `sizes`) that do not overlap and often look alike."""
     things: list[Thing] = []
-    wanted, tries = rng.choice(counts), 0
+    wanted, tries = rng.choice(sizes), 0
     while len(things) < wanted and tries < 200:
         tries += 1
         side = rng.uniform(0.28, 0.46)
@@ -1127,7 +1119,6 @@ def with_wrong_boxes(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
 
 # -------------------------------------------------------------------------------------------------- the program
 
-
 CONVERT = """Annotations of other projects, checked row by row, to JSON Lines, one file a split. The layout is told by
 name and content: refer's refs(*).p and gRefCOCO's grefs(*).json (with instances.json beside them), MDETR's
 finetune_*.json, TransVG's *.pth, SeqTR's instances.json, and the flat lines or lists of Qwen-VL, InternVL, Shikra,
@@ -1143,8 +1134,7 @@ def parse_arguments() -> argparse.Namespace:
     job.add_argument("--published", metavar="SET", help="compare sizes with those published, such as refcoco")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", required=True, metavar="FILE:NAME", help="such as configs.json:refcoco")
-    keys = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
-    common.add_argument("--set", **keys, help="such as data.images=DIR")
+    common.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="as data.images=DIR")
     job = jobs.add_parser("check", parents=[common], help="count what is there and name what is wrong")
     job.add_argument("--split", nargs="+", metavar="NAME", help="default: train and those the config evaluates")
     job.add_argument("--images", action="store_true", help="also decode every image")

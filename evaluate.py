@@ -35,7 +35,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
@@ -51,7 +50,7 @@ BRANCHES = ("decoder", "token")
 TARGET_GROUPS = ("no target", "one target", "several targets")
 INKS = ("black", "royalblue", "darkorange", "seagreen", "crimson", "purple", "saddlebrown", "deeppink", "olive", "teal")
 PICTURES = 3000  # images in a report at most, some 9 kB each; the three evaluation splits of RefCOCO have as many
-GROUP = 16  # expressions of a batch; fixed, since the last bits depend on it and --resume starts at a multiple of it
+ANSWER_BATCH = 16  # expressions; fixed, since the last bits depend on it and --resume starts at a multiple of it
 Found = dict[str, tuple[Tensor, Tensor]]  # {branch: scores (n,), the highest first, and boxes (n, 4) xyxy in 0..1}
 # All about one expression: image, expression; then error, or truth if known, agreement, and of each branch boxes,
 # scores, correct and iou, the mean over the true boxes of the best answer's. Boxes are xyxy in pixels of the image.
@@ -75,9 +74,8 @@ def grec_correct(scores: Tensor, boxes_xyxy: Tensor, truth_xyxy: Tensor, thresho
     The two pair greedily, best first, from a *generalised* IoU of 0.5 on, as in gRefCOCO's evaluator.
     """
     answers = boxes_xyxy[scores.double() >= threshold]  # in float32, 0.7 is rounded down and 0.69999999 would pass
-    if len(answers) != len(truth_xyxy):
-        return False
-    return all(giou >= MIN_IOU for giou in pair(generalized_box_iou(answers, truth_xyxy.to(answers))))
+    overlap = generalized_box_iou(answers, truth_xyxy.to(answers))  # (n, m)
+    return len(answers) == len(truth_xyxy) and all(giou >= MIN_IOU for giou in pair(overlap))
 
 
 def pair(overlap: Tensor) -> list[float]:
@@ -161,9 +159,8 @@ def by_kind(results: Sequence[Line], examples: Sequence[data.Example]) -> dict[s
     for result, example in zip(results, examples, strict=True):
         for name in groups_of(example):
             groups.setdefault(name, []).append(result)
-    return {
-        name: {"n": len(group), **shares(group)} for name, group in sorted(groups.items()) if len(group) < len(examples)
-    }
+    parts = {name: group for name, group in sorted(groups.items()) if len(group) < len(examples)}
+    return {name: {"n": len(group), **shares(group)} for name, group in parts.items()}
 
 
 def by_agreement(results: Sequence[Line]) -> dict[str, dict[str, float]]:
@@ -176,15 +173,14 @@ def by_agreement(results: Sequence[Line]) -> dict[str, dict[str, float]]:
     for name, low, high in (("agree >= 0.9", 0.9, 2), ("agree 0.5-0.9", 0.5, 0.9), ("agree < 0.5", -1, 0.5)):
         if group := [line for line in results if low <= line["agreement"] < high]:
             rows[f"{name:<13}{len(group) / len(results):>5.0%}"] = {"n": len(group), **shares(group)}
-    auroc = "AUROC of agreement"
-    rows[auroc] = {"n": len(results)}
+    auroc: dict[str, float] = {"n": len(results)}
     for branch in shares(results):
         is_right = torch.tensor([line[branch]["correct"] for line in results])
         right, wrong = values[is_right], values[~is_right].sort().values
         # A pair in the right order counts 2, a tie 1.
         won = sum(torch.searchsorted(wrong, right, right=ties).sum().item() for ties in (False, True))
-        rows[auroc][branch] = won / (2 * len(right) * len(wrong) or float("nan"))
-    return rows
+        auroc[branch] = won / (2 * len(right) * len(wrong) or float("nan"))
+    return rows | {"AUROC of agreement": auroc}
 
 
 def mean_box_accuracy(train: Sequence[data.Example], examples: Sequence[data.Example]) -> float | None:
@@ -360,12 +356,6 @@ def check_tokenizer(model: models.SimVG, tokenizer: data.Tokenizer) -> None:
 # ----------------------------------------------------------------------- pictures, curves, attention, the report
 
 
-def draw_page(examples: Sequence[data.Example], results: Sequence[Line], path: Path) -> None:
-    """Save a page of examples, each with its true boxes and the answer of each branch."""
-    images = (data.read_image(example.image, example.size, example.where) for example in examples)
-    data.tile([draw_line(*pair) for pair in zip(images, results, strict=True)], path, columns=4)
-
-
 def draw_line(image: Tensor, line: Line, side: int = 280) -> Image.Image:
     """image (3, H, W) with the boxes of a `record`."""
     boxes = {"truth": line["truth"]} if "truth" in line else {}
@@ -491,8 +481,8 @@ def draw_attention(
         looks |= {f"{j}: {word}": maps.words[-1, i, j + 1] for j, word in enumerate(words[i])}  # + 1: <s> comes first
         tiles.append(data.draw(image, {}, text))
         for name, look in looks.items():  # (N,)
-            patches = look.cpu().view(1, 1, model.encoder.grid, -1)
-            heat = F.interpolate(patches, image.shape[1:], mode="bilinear")[0] / look.max().item()  # (1, H, W)
+            patches = look.cpu().view(1, model.encoder.grid, -1)
+            heat = data.resize(patches, *image.shape[1:]) / look.max().item()  # (1, H, W)
             tiles.append(data.draw((grey + heat * red).clamp(max=255).byte(), {}, f"{name} ({text})"))
         tiles += [Image.new("RGB", (1, 1))] * (-len(tiles) % columns)  # fill up the row
     data.tile(tiles, path, columns)
@@ -500,7 +490,7 @@ def draw_attention(
 
 def report(path: str, title: str, splits: dict[str, tuple[list, list]]) -> None:
     """Write the answers as one HTML file that needs nothing else. `splits`: {name: (its examples, their `record`s)}."""
-    # 1. Every answer in the report has its picture; of too many images, it holds the answers to an even spread of them.
+    # Every answer in the report has its picture; of too many images, it holds the answers to an even spread of them.
     answers = [(split, *pair) for split, pairs in splits.items() for pair in zip(*pairs, strict=True)]
     images = list({example.image: example for _, example, _ in answers}.values())  # one example of each image
     if len(images) > PICTURES:
@@ -513,12 +503,10 @@ def report(path: str, title: str, splits: dict[str, tuple[list, list]]) -> None:
         picture.thumbnail((192, 192))
         picture.save(file := io.BytesIO(), "JPEG", quality=75)
         pictures[example.image]["jpeg"] = base64.b64encode(file.getvalue()).decode()
-    # 2. What the page shows of each answer.
     rows = []
     for split, example, line in (each for each in answers if each[1].image in pictures):
         about = {"split": split, "where": example.where, "groups": ["all", *groups_of(example)]}
         rows.append({**line, **about, "image": example.image})
-    # 3. The file.
     title = f"{title}: {len(rows)} of {len(answers)} answers, to {len(images)} images"
     content = {"title": title, "splits": list(splits), "rows": rows, "pictures": pictures}
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
@@ -582,13 +570,9 @@ def answer_questions(
         workers = at_once = torch.get_num_threads()
         torch.set_num_threads(1)  # the last bits of a sum depend on the number of threads that share it
     dataset = data.Dataset([(each,) for each in examples[len(done) :]], model.image_size)
-    options = {
-        "amp": models.AMP[args.amp],
-        "threshold": args.threshold,
-        "answers_file": args.answers,
-        "at_once": at_once,
-    }
-    lines = done + evaluate_dataset(model, dataset, collate, branch, GROUP, workers, title="answers", **options)
+    options = {"amp": models.AMP[args.amp], "threshold": args.threshold, "answers_file": args.answers}
+    options |= {"title": "answers", "at_once": at_once}
+    lines = done + evaluate_dataset(model, dataset, collate, branch, ANSWER_BATCH, workers, **options)
     if rank == 0 and args.image and not args.answers:
         show_boxes(args, lines, model, collate, branch)
     elif rank == 0:
@@ -601,8 +585,7 @@ def print_accuracy(args: argparse.Namespace, questions: dict[str, list], lines: 
         print(f"{len(faults):,} of {len(lines):,} expressions have no answer: {faults[0]}", file=sys.stderr)
     rest, known = iter(lines), {}
     for split, examples in questions.items():
-        of_split = list(islice(rest, len(examples)))
-        if pairs := [each for each in zip(examples, of_split, strict=True) if "truth" in each[1]]:
+        if pairs := [each for each in zip(examples, islice(rest, len(examples)), strict=True) if "truth" in each[1]]:
             asked, results = zip(*pairs, strict=True)
             known[split] = asked, results
             figures = summary(results, asked, grec)
@@ -642,7 +625,7 @@ def resume_answers(path: str, examples: Sequence[data.Example], branch: str) -> 
             same = asked[i : i + 1] == [(line["image"], line["expression"])]
             if not same or "error" not in line and line.keys() & {*BRANCHES} != wanted:
                 raise InputError(f"line {i + 1} answers something else; --resume goes on with the same input only")
-        whole = len(lines) // GROUP * GROUP
+        whole = len(lines) // ANSWER_BATCH * ANSWER_BATCH
         file.truncate(sum(len(line) + 1 for line in lines[:whole]))
         return answered[:whole]
 
@@ -747,13 +730,10 @@ def parse_arguments() -> argparse.Namespace:
     ):
         if is_wrong:
             parser.error(message)
-    endings = {"answers": (".jsonl",), "report": (".html",), "save": (".png", ".jpg", ".jpeg")}
-    for option, allowed in endings.items():
-        name = getattr(args, option)
+    for option, allowed in {"answers": (".jsonl",), "report": (".html",), "save": (".png", ".jpg", ".jpeg")}.items():
+        name, endings = getattr(args, option), " or ".join(allowed)
         if name and not (name.lower().endswith(allowed) and Path(name).absolute().parent.is_dir()):
-            parser.error(
-                f"--{option} {name}: expected a file name that ends in {' or '.join(allowed)}, in a folder that exists"
-            )
+            parser.error(f"--{option} {name}: expected a file name that ends in {endings}, in a folder that exists")
     return args
 
 
@@ -886,12 +866,10 @@ function show(number) {
     make(card, "small", [...agreed, ...row.groups.slice(1), row.where].join(", "));
   }
 }
-for (const [id, names] of Object.entries(choices)) {
+for (const [id, names] of Object.entries(choices))
   for (const name of names) make(byId(id), "option", name);
-  byId(id).onchange = select;
-}
 byId("title").textContent = data.title;
-byId("search").oninput = select;
+byId("bar").oninput = select;  // of every list and of the search field
 byId("back").onclick = () => show(page - 1);
 byId("next").onclick = () => show(page + 1);
 select();

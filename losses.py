@@ -216,5 +216,4 @@ def _assign_rows(cost: list[list[float]]) -> list[int]:
             previous = reached_from[col]
             owner[col] = owner[previous] if previous >= 0 else start
             col = previous
-    held = {row: column for column, row in enumerate(owner)}
-    return [held[row] for row in range(n)]
+    return [owner.index(row) for row in range(n)]

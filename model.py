@@ -103,7 +103,8 @@ class TextGuidedQuery(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(width, ffn, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.as_released = as_released  # compute as the released weights need (D3, D4); `initialise` may set it
-        paper, released = (beit3.sine_1d(beit3.TEXT_POSITIONS, width, one_frequency) for one_frequency in (False, True))
+        places = torch.arange(beit3.TEXT_POSITIONS)
+        paper, released = (beit3.sine_1d(places, width, one_frequency) for one_frequency in (False, True))
         self.register_buffer("positions", torch.stack([paper, released]), persistent=False)
 
     def forward(self, text: Tensor, text_pad: Tensor) -> Tensor:
@@ -214,8 +215,7 @@ class SimVG(nn.Module):
         self, images: Tensor, tokens: Tensor, text_pad: Tensor, branch: str = "both", amp: torch.dtype | None = None
     ) -> Output:
         """images (B, 3, S, S): uint8, or float and then already normalised; tokens (B, L) int64; text_pad (B, L) bool,
-        True = padding; branch "both", "decoder" or "token"; amp: run the encoder (only) in this precision.
-        """
+        True = padding; branch "both", "decoder" or "token"; amp: run the encoder (only) in this precision."""
         assert branch in ("both", "decoder", "token"), branch
         images = self.normalise(images)
         with torch.autocast(images.device.type, amp or torch.bfloat16, enabled=amp is not None):

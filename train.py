@@ -221,7 +221,9 @@ def report_best(state: TrainState) -> None:
     for split in state.splits:
         _, results = evaluate_split(state, model, split, weights="best")
     if state.rank == 0:
-        evaluate.draw_page(state.splits[split].examples[:16], results[:16], state.out / "samples.png")
+        pairs = zip(state.splits[split].examples[:16], results[:16], strict=True)
+        pictures = [evaluate.draw_line(data.read_image(e.image, e.size, e.where), line) for e, line in pairs]
+        data.tile(pictures, state.out / "samples.png", columns=4)
         evaluate.draw_curves([state.out], state.out / "curves.png")
         print(f"weights: {state.out}/best.pt   pictures: {state.out}/samples.png {state.out}/curves.png")
 

@@ -1,7 +1,9 @@
 """What each part of SimVG is worth: an embedded set without it, with right and with wrong labels, over three seeds.
 
-    python tests/ablation.py                     writes runs/ablation-shapes-quick/: the runs, table.md, two pictures
-    python tests/ablation.py --config configs.json:shapes-grec --noise 0
+    python tests/ablation.py --set train.lr=3e-4 train.lr_encoder=3e-4
+    python tests/ablation.py --config configs.json:shapes-grec --epochs 3 --noise 0
+
+It writes runs/ablation-NAME/: the runs, log.txt, table.md, noise.png and curves.png.
 
 Each run is a recipe with changed loss factors, or with one piece of the code replaced (`PIECES`), for as many epochs;
 `two stages` takes half of them, rounded up, for the decoder branch alone. A share of the training rows, --noise, has a
@@ -89,7 +91,8 @@ def start(config: str, out: Path, settings: Sequence[str], init: Path | None = N
 def one(args: argparse.Namespace, noise: float, variant: str, seed: int) -> None:
     """One run, in a process of its own."""
     out = folder(args.out, noise, variant, seed)
-    settings = [f"train.seed={seed}", f"train.epochs={args.epochs}", f"data.label_noise={noise}", *VARIANTS[variant]]
+    settings = [f"train.seed={seed}", f"train.epochs={args.epochs}", f"data.label_noise={noise}"]
+    settings += [*args.set, *VARIANTS[variant]]
     init = None
     with patch.object(data, "read_image", functools.cache(data.read_image)):  # the pictures fit into memory
         if variant == "SimVG in two stages":
@@ -164,7 +167,8 @@ def pictures(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=f"{ROOT}/configs.json:shapes-quick", metavar="FILE:NAME")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every run")
     parser.add_argument("--noise", type=float, nargs="+", default=[0, 0.15, 0.3], help="shares of wrong boxes")
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
     parser.add_argument("--seed", type=int, nargs="+", default=SEEDS, help="default: 6666 1 2")
@@ -176,6 +180,7 @@ def main() -> None:
         return one(args, args.noise[0], args.variant[0], args.seed[0])
     data.make_embedded_set(data.load_config(args.config)["data"])
     again = [sys.executable, __file__, "--config", args.config, "--epochs", str(args.epochs), "--out", str(args.out)]
+    again += ["--set", *args.set] if args.set else []
     args.out.mkdir(parents=True, exist_ok=True)
 
     def run(seed: int, noise: float, variant: str) -> None:

@@ -467,7 +467,7 @@ def test_a_stopped_run_keeps_its_batches_and_goes_on_to_the_same_bytes(answers, 
     for resume, batches in ((), 1), (("--resume",), 2):
         with pytest.raises(KeyboardInterrupt):
             evaluated(shapes, monkeypatch, *use, *resume)
-        assert len(file.read_text().splitlines()) == batches * evaluate.GROUP
+        assert len(file.read_text().splitlines()) == batches * evaluate.ANSWER_BATCH
         with open(file, "a") as half:
             half.write('{"image": "val_0')
     monkeypatch.setattr(evaluate, "find", usual)
