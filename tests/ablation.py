@@ -147,20 +147,21 @@ def pictures(args: argparse.Namespace) -> None:
     panels = {}
     for branch in evaluate.BRANCHES:
         lines = panels[f"accuracy of the {branch} branch, %"] = {}
-        for variant in args.variant:
-            cells = [(100 * noise, on_test(args, noise, variant, branch)) for noise in args.noise]
+        for i, variant in enumerate(args.variant):  # side by side, or the error bars would hide each other
+            cells = [(100 * noise + i / 4, on_test(args, noise, variant, branch)) for noise in sorted(args.noise)]
             lines[variant] = [(x, statistics.mean(values), spread(values)) for x, values in cells if values]
     evaluate.draw_panels(panels, args.out / "noise.png", "training rows with a wrong box, %")
-    most, weights, shown = max(args.noise), {}, {}
+    most, weights = max(args.noise), {}
     for seed in SEEDS:
         logged = rows(folder(args.out, most, SIMVG, seed), "train")
         weights[f"seed {seed}"] = [(row["step"], row["teacher_weight"], 0) for row in logged]
+    shown: dict[str, list] = {variant: [] for variant in args.variant}
     for variant in args.variant:
         runs = [rows(folder(args.out, most, variant, seed), "val", "last") for seed in SEEDS]
         for each in zip(*filter(None, runs), strict=False):
             if values := [value for row in each if (value := accuracy(row, "token")) is not None]:
                 point = each[0]["step"], statistics.mean(values), spread(values)
-                shown.setdefault(variant, []).append(point)
+                shown[variant].append(point)
     evaluate.draw_panels({"W_dt": weights, "accuracy of the token branch, %": shown}, args.out / "curves.png")
 
 
