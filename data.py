@@ -526,7 +526,7 @@ KEYS: dict[str, type | tuple | list] = {
     "data.workers": NATURAL,  # loader processes of each rank, in evaluation threads; 0 loads in the main process
     "data.generate": str,  # draw an embedded set on first use, "shapes" or "shapes-grec"; "" draws none
     "data.scenes": NATURAL,  # number of training scenes of that set
-    "data.label_noise": (0.0, 1.0),  # share of its training rows that are trained with a wrong box, as real sets hold
+    "data.label_noise": (0.0, 1.0),  # share of its training rows that get a wrong box, as if annotated carelessly
 }
 # The keys of `model` are explained at SimVG.__init__ in model.py, those of `train` at the head of train.py.
 for section, names, allowed in (
@@ -683,7 +683,8 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
     print_table(table)
     several = sum(count["- without a target"] + count["- with several"] for count in table.values())
     if settings["label_noise"] and "train" in splits:
-        print(f"note: data.label_noise={settings['label_noise']} of the rows of train get a wrong box", file=sys.stderr)
+        share = f"a share of {settings['label_noise']} of the rows of train"
+        print(f"note: training gives {share} a wrong box (data.label_noise)", file=sys.stderr)
     if several and config["model"]["queries"] == 1:
         print(f"note: {several:,} expressions need a recipe with several queries, such as grefcoco", file=sys.stderr)
     print(*faults[:20], sep="\n", end="\n" if faults else "")
@@ -715,7 +716,10 @@ def print_table(table: dict[str, dict[str, int]]) -> None:
 def show(config: dict, split: str, number: int, path: str) -> None:
     """A page of examples of a split: each as it is on disk, then as training (train) or evaluation gets it."""
     tokenizer = Tokenizer(config["data"]["tokenizer"])
-    rows = [(example,) for example in expand(read_rows(config["data"], split))]
+    rows = read_rows(config["data"], split)
+    if split == "train":
+        rows = with_wrong_boxes(rows, config["data"]["label_noise"], config["train"]["seed"])
+    rows = [(example,) for example in expand(rows)]
     rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), min(number, len(rows))))]
     check_files(rows)
     jitter = config["data"]["jitter"] if split == "train" else None
@@ -1100,8 +1104,10 @@ def phrases(things: list[Thing], kind: str) -> list[tuple[str, list[int]]]:
 
 
 def with_wrong_boxes(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
-    """About this share of the rows, chosen by the seed, gets a wrong box: that of another row of the same image or,
-    where there is none, its own one moved and scaled. Rows without a target stay as they are."""
+    """About this share of the rows with a target, chosen by the seed, gets one wrong box in place of its own: that of
+    another row of the image or, where there is none, its first one moved and scaled (a few still overlap it)."""
+    if not share:
+        return list(rows)
     of_image: dict[str, set[Box]] = {}
     for row in rows:
         of_image.setdefault(row[0].image, set()).update(row[0].boxes)

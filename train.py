@@ -311,8 +311,7 @@ def set_up(args: argparse.Namespace) -> TrainState:
     rows = data.read_rows(config["data"], "train")
     if rank == 0:
         data.check_files(rows)
-    if noise := config["data"]["label_noise"]:
-        rows = data.with_wrong_boxes(rows, noise, config["train"]["seed"])
+    rows = data.with_wrong_boxes(rows, config["data"]["label_noise"], config["train"]["seed"])
     splits = {split: evaluate.load_split(config, split) for split in config["data"]["eval_splits"]}
     digest = data.fingerprint([rows, *(split.rows for split in splits.values())])
     mine = config["train"], digest, saved and saved.get("step")

@@ -1,4 +1,4 @@
-"""What each part of SimVG is worth: an embedded set without it, with right and with wrong labels, over three seeds.
+"""What each part of SimVG is worth: runs without it on an embedded set, with right and with wrong boxes.
 
     python tests/ablation.py --set train.lr=3e-4 train.lr_encoder=3e-4
     python tests/ablation.py --config configs.json:shapes-grec --epochs 3 --noise 0
@@ -115,7 +115,7 @@ def accuracy(row: dict, branch: str) -> float | None:
 
 def on_test(args: argparse.Namespace, noise: float, variant: str, branch: str) -> list[float]:
     """The accuracy of the best weights on `test`, of each seed whose run has ended."""
-    runs = (rows(folder(args.out, noise, variant, seed), "test", "best")[-1:] for seed in SEEDS)
+    runs = (rows(folder(args.out, noise, variant, seed), "test", "best")[-1:] for seed in args.seed)
     return [value for run in runs for row in run if (value := accuracy(row, branch)) is not None]
 
 
@@ -134,7 +134,8 @@ def table(args: argparse.Namespace) -> str:
         for branch, noise in columns:
             values = on_test(args, noise, variant, branch)
             each = ", ".join(f"{value:.1f}" for value in values)
-            cells.append(f"{statistics.mean(values):.1f} ± {spread(values):.1f} ({each})" if values else "")
+            mean = f"{statistics.mean(values):.1f} ± {spread(values):.1f} ({each})" if len(values) > 1 else each
+            cells.append(mean)
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -148,14 +149,14 @@ def pictures(args: argparse.Namespace) -> None:
         for i, variant in enumerate(args.variant):  # side by side, or the error bars would hide each other
             cells = [(100 * noise + i / 4, on_test(args, noise, variant, branch)) for noise in sorted(args.noise)]
             lines[variant] = [(x, statistics.mean(values), spread(values)) for x, values in cells if values]
-    evaluate.draw_panels(panels, args.out / "noise.png", "training rows with a wrong box, %")
+    evaluate.draw_panels(panels, args.out / "noise.png", "training rows with a wrong box, %, side by side")
     most, weights = max(args.noise), {}
-    for seed in SEEDS:
+    for seed in args.seed:
         logged = rows(folder(args.out, most, SIMVG, seed), "train")
         weights[f"seed {seed}"] = [(row["step"], row["teacher_weight"], 0) for row in logged]
     shown: dict[str, list] = {variant: [] for variant in args.variant}
     for variant in args.variant:
-        runs = [rows(folder(args.out, most, variant, seed), "val", "last") for seed in SEEDS]
+        runs = [rows(folder(args.out, most, variant, seed), "val", "last") for seed in args.seed]
         for each in zip(*filter(None, runs), strict=False):
             if values := [value for row in each if (value := accuracy(row, "token")) is not None]:
                 point = each[0]["step"], statistics.mean(values), spread(values)

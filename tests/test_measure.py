@@ -49,11 +49,10 @@ def test_the_benchmark_of_the_losses_compares_equal_matchings(capsys):
 def test_the_ablation_trains_every_variant_and_draws_its_tables_and_pictures(shapes: Path, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(shapes)
     monkeypatch.setattr(train, "LOG_EVERY", 2)
-    monkeypatch.setattr(ablation, "SEEDS", (1, 2))
     small = [setting for setting in SMALL_RUN if "epochs" not in setting]
     monkeypatch.setattr(ablation, "VARIANTS", {name: [*small, *own] for name, own in ablation.VARIANTS.items()})
-    args = argparse.Namespace(config=f"{ROOT}/configs.json:shapes-quick", out=tmp_path, epochs=2, noise=[0.3, 0.0])
-    args.variant, args.set = list(ablation.VARIANTS), ["train.lr=1e-3"]
+    args = argparse.Namespace(config=f"{ROOT}/configs.json:shapes-quick", out=tmp_path, epochs=2)
+    args.noise, args.seed, args.variant, args.set = [0.3, 0.0], [1, 2], list(ablation.VARIANTS), ["train.lr=1e-3"]
     for noise, variant, seed in (
         *((0.3, variant, seed) for variant in args.variant for seed in (1, 2)),
         *((0.0, variant, 1) for variant in ("token branch alone", "both, no distillation")),
