@@ -295,11 +295,12 @@ def large_scale_jitter(
         ratios = boxes.new_tensor([new_width / width, new_height / height] * 2)
         return resize(image, new_height, new_width), boxes * ratios
     crop_height, crop_width = max(1, round(height / scale)), max(1, round(width / scale))
+    area = box_area(boxes)  # (n,)
     for threshold in (0.9, 0.8, 0.7, 0.6, 0.5):  # first look for a window that keeps nearly everything
         for _ in range(20):
             x, y = rng.randint(0, width - crop_width), rng.randint(0, height - crop_height)
             kept = clip_boxes_to_image(boxes - torch.tensor([x, y, x, y]), (crop_height, crop_width))  # (n, 4)
-            if (box_area(kept) >= threshold * box_area(boxes)).all():
+            if (box_area(kept) >= threshold * area).all():
                 return image[:, y : y + crop_height, x : x + crop_width], kept
     return image, boxes  # no window was found
 
@@ -714,7 +715,8 @@ def print_table(table: dict[str, dict[str, int]]) -> None:
 
 
 def show(config: dict, split: str, number: int, path: str) -> None:
-    """A page of examples of a split: each as it is on disk, then as training (train) or evaluation gets it."""
+    """A page of examples of a split: each as it is on disk, then as training (train) or evaluation gets it. With label
+    noise both show the box that is trained with."""
     tokenizer = Tokenizer(config["data"]["tokenizer"])
     rows = read_rows(config["data"], split)
     if split == "train":
@@ -1000,13 +1002,14 @@ def _draw_set(folder: Path, scenes: int, set_name: str, show: bool) -> None:
     """The files of `make_shapes`."""
     (folder / "images").mkdir(parents=True)
     rows: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
+    in_training, in_others = SCENE_SETS[set_name]
     for split, of_split in rows.items():
         training, scene = split == "train", 0
-        wanted, sizes = (scenes, SCENE_SETS[set_name][0]) if training else (min(2000, scenes), SCENE_SETS[set_name][1])
+        wanted, numbers = (scenes, in_training) if training else (min(2000, scenes), in_others)
         with tqdm(total=wanted, desc=f"drawing {split}", disable=None if show else True, leave=False) as bar:
             while (scene if training else len(of_split)) < wanted:
                 rng = random.Random(f"shapes/{split}/{scene}")  # every scene has a seed of its own
-                image, things = draw_scene(rng, sizes)
+                image, things = draw_scene(rng, numbers)
                 name = f"{split}_{scene:05d}.jpg"
                 image.save(folder / "images" / name, quality=92, subsampling=0)
                 new = _shapes_rows(things, name, set_name == "shapes-grec", rng)
@@ -1022,10 +1025,10 @@ def _draw_set(folder: Path, scenes: int, set_name: str, show: bool) -> None:
     (folder / "shapes.spm").write_bytes(model.getvalue())
 
 
-def draw_scene(rng: random.Random, sizes: Sequence[int]) -> tuple[Image.Image, list[Thing]]:
-    """A grey square with some things (as many as one of `sizes`) that do not overlap and often look alike."""
+def draw_scene(rng: random.Random, numbers: Sequence[int]) -> tuple[Image.Image, list[Thing]]:
+    """A grey square with some things (as many as one of `numbers`) that do not overlap and often look alike."""
     things: list[Thing] = []
-    wanted, tries = rng.choice(sizes), 0
+    wanted, tries = rng.choice(numbers), 0
     while len(things) < wanted and tries < 200:
         tries += 1
         side = rng.uniform(0.28, 0.46)

@@ -74,8 +74,9 @@ def grec_correct(scores: Tensor, boxes_xyxy: Tensor, truth_xyxy: Tensor, thresho
     The two pair greedily, best first, from a *generalised* IoU of 0.5 on, as in gRefCOCO's evaluator.
     """
     answers = boxes_xyxy[scores.double() >= threshold]  # in float32, 0.7 is rounded down and 0.69999999 would pass
-    overlap = generalized_box_iou(answers, truth_xyxy.to(answers))  # (n, m)
-    return len(answers) == len(truth_xyxy) and all(giou >= MIN_IOU for giou in pair(overlap))
+    if len(answers) != len(truth_xyxy):
+        return False
+    return all(giou >= MIN_IOU for giou in pair(generalized_box_iou(answers, truth_xyxy.to(answers))))
 
 
 def pair(overlap: Tensor) -> list[float]:

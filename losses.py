@@ -123,7 +123,7 @@ def simvg_loss(
     Returns scalars: `total`, its terms by their factors' names and, with a teacher, W_dt as `teacher_weight`. A factor
     of None leaves its term out, and a branch that no term needs may be None in `output`. `norm` is what
     `step_normalisers` gives for the whole step; without it this batch is the whole step. To add a term, name its factor
-    here, in train.train_step, data.KEYS and `default` of configs.json, and explain it at the head of train.py.
+    here, in train_step, data.KEYS, `default` of configs.json and draw_curves; explain it at the head of train.py.
     """
     branches = {"decoder": (output.decoder_logits, output.decoder_boxes)} if output.decoder_logits is not None else {}
     if output.token_logits is not None:

@@ -100,8 +100,9 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: state.signals.append(received))
     if rank == 0:
-        noise = f", label noise {noise}" if (noise := config["data"]["label_noise"]) else ""
-        print(f"{state.out}: {world} rank(s) on {device.type}, micro-batches of {state.micro}{noise}", file=sys.stderr)
+        noise = config["data"]["label_noise"]
+        note = f", label noise {noise}" if noise else ""
+        print(f"{state.out}: {world} rank(s) on {device.type}, micro-batches of {state.micro}{note}", file=sys.stderr)
 
     # 4. The loop.
     for epoch in range(progress["epoch"], settings["epochs"]):

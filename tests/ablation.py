@@ -134,8 +134,8 @@ def table(args: argparse.Namespace) -> str:
         for branch, noise in columns:
             values = on_test(args, noise, variant, branch)
             each = ", ".join(f"{value:.1f}" for value in values)
-            mean = f"{statistics.mean(values):.1f} ± {spread(values):.1f} ({each})" if len(values) > 1 else each
-            cells.append(mean)
+            cell = f"{statistics.mean(values):.1f} ± {spread(values):.1f} ({each})" if len(values) > 1 else each
+            cells.append(cell)
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -154,8 +154,9 @@ def pictures(args: argparse.Namespace) -> None:
     for seed in args.seed:
         logged = rows(folder(args.out, most, SIMVG, seed), "train")
         weights[f"seed {seed}"] = [(row["step"], row["teacher_weight"], 0) for row in logged]
-    shown: dict[str, list] = {variant: [] for variant in args.variant}
+    shown: dict[str, list] = {}
     for variant in args.variant:
+        shown[variant] = []  # a variant without a token branch keeps its colour, too
         runs = [rows(folder(args.out, most, variant, seed), "val", "last") for seed in args.seed]
         for each in zip(*filter(None, runs), strict=False):
             if values := [value for row in each if (value := accuracy(row, "token")) is not None]:
