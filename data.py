@@ -48,6 +48,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from pycocotools.coco import COCO
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from torchvision.ops import box_area, box_convert, clip_boxes_to_image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -73,7 +74,8 @@ class Dataset:
 
     def __init__(self, rows: Sequence[Row], image_size: int, seed: int = 0, jitter: Sequence[float] | None = None):
         self.rows, self.image_size, self.seed, self.jitter = rows, image_size, seed, jitter
-        self.read: tuple = (None, None)  # the last image: evaluation asks for its expressions one after another
+        self.images: dict[tuple, Tensor] = {}  # all of a set that takes at most 600 MB, of a larger one the last
+        self.bytes_per_image = 600_000_000 // max(len({row[0].image for row in rows}), 1)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,10 +91,11 @@ class Dataset:
         row = self.rows[index]
         example = row[rng.randrange(len(row))]  # each epoch trains on one expression of the row
         opened = example.image, example.size
-        before, image = self.read  # as one pair, since evaluation reads in several threads
-        if before != opened:
+        if (image := self.images.get(opened)) is None:
             image = read_image(example.image, example.size, example.where)  # (3, H, W)
-            self.read = opened, image
+            if image.nbytes > self.bytes_per_image:
+                self.images = {}  # evaluation asks for the expressions of an image one after another
+            self.images[opened] = image
         boxes = clip_boxes(example.boxes or (), image.shape[2], image.shape[1])  # (n, 4) xyxy pixels
         if self.jitter:
             image, boxes = large_scale_jitter(image, boxes, self.jitter, self.image_size, rng)
@@ -152,9 +155,7 @@ class Collate:
     def __call__(self, examples: list) -> Batch:
         images, expressions, boxes, index, _ = zip(*examples, strict=True)
         targets = torch.tensor([len(each) for each in boxes])  # (B,)
-        padded = torch.zeros(len(boxes), max(1, targets.max().item()), 4)  # (B, M, 4); M is 1 where there is no box
-        for row, each in zip(padded, boxes, strict=True):
-            row[: len(each)] = each
+        padded = pad_sequence([*boxes, torch.zeros(1, 4)], batch_first=True)[:-1]  # (B, M, 4); M is at least 1
         mask = torch.arange(padded.shape[1]) < targets[:, None]  # (B, M)
         return Batch(torch.stack(images), *self.tokenizer(expressions, self.max_tokens), padded, mask, list(index))
 
@@ -684,8 +685,7 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
     print_table(table)
     several = sum(count["- without a target"] + count["- with several"] for count in table.values())
     if settings["label_noise"] and "train" in splits:
-        share = f"a share of {settings['label_noise']} of the rows of train"
-        print(f"note: training gives {share} a wrong box (data.label_noise)", file=sys.stderr)
+        print(f"note: {100 * settings['label_noise']:g} % of the rows of train get a wrong box", file=sys.stderr)
     if several and config["model"]["queries"] == 1:
         print(f"note: {several:,} expressions need a recipe with several queries, such as grefcoco", file=sys.stderr)
     print(*faults[:20], sep="\n", end="\n" if faults else "")

@@ -12,7 +12,6 @@ is not run again, and a run that was stopped goes on.
 """
 
 import argparse
-import functools
 import json
 import os
 import statistics
@@ -92,14 +91,13 @@ def one(args: argparse.Namespace, noise: float, variant: str, seed: int) -> None
     settings = [f"train.seed={seed}", f"train.epochs={args.epochs}", f"data.label_noise={noise}"]
     settings += [*args.set, *VARIANTS[variant]]
     init = None
-    with patch.object(data, "read_image", functools.cache(data.read_image)):  # the pictures fit into memory
-        if variant == "SimVG in two stages":
-            second = args.epochs // 2
-            init = out.with_name(f"{out.name}-first") / "best.pt"
-            start(args.config, init.parent, [*settings, *NO_TOKEN, f"train.epochs={args.epochs - second}"])
-            settings += [f"train.epochs={second}", "train.warmup_epochs=0"]
-        with PIECES.get(variant, nullcontext()):
-            start(args.config, out, settings, init)
+    if variant == "SimVG in two stages":
+        second = args.epochs // 2
+        init = out.with_name(f"{out.name}-first") / "best.pt"
+        start(args.config, init.parent, [*settings, *NO_TOKEN, f"train.epochs={args.epochs - second}"])
+        settings += [f"train.epochs={second}", "train.warmup_epochs=0"]
+    with PIECES.get(variant, nullcontext()):
+        start(args.config, out, settings, init)
 
 
 def rows(run: Path, split: str, weights: str | None = None) -> list[dict]:

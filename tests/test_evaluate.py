@@ -101,12 +101,18 @@ def test_several_phrases_at_once_are_answered_as_one_by_one(branch, shapes):
         torch.testing.assert_close(scores, score, atol=1e-5, rtol=0)
 
 
-def test_an_image_is_read_once_for_its_expressions_in_a_batch(shapes, monkeypatch):
+@pytest.mark.parametrize("small", [True, False])
+def test_an_image_is_read_once_for_its_expressions_and_in_a_small_set_only_once(shapes, monkeypatch, small):
     rows = [(each,) for each in data.expand(data.read_rows(shapes_section(shapes), "val"))]
     collate, read, usual = data.Collate(data.Tokenizer(shapes / "data/shapes/shapes.spm"), 10), [], data.read_image
     monkeypatch.setattr(data, "read_image", lambda path, *rest: read.append(path) or usual(path, *rest))
-    together = evaluate.evaluate_dataset(tiny_model(), data.Dataset(rows, 32), collate, batch_size=len(rows))
-    assert sorted(read) == sorted({example.image for (example,) in rows})
+    dataset, images = data.Dataset(rows, 32), {example.image for (example,) in rows}
+    dataset.bytes_per_image = usual(rows[0][0].image).nbytes if small else 0
+    together = evaluate.evaluate_dataset(tiny_model(), dataset, collate, batch_size=len(rows))
+    assert sorted(read) == sorted(images)
+    assert len(dataset.images) == (len(images) if small else 1)
+    evaluate.evaluate_dataset(tiny_model(), dataset, collate, batch_size=len(rows))
+    assert len(read) == len(images) * (1 if small else 2)
     alone = evaluate.evaluate_dataset(tiny_model(), data.Dataset(rows, 32), collate, batch_size=1)
     for one, other in zip(together, alone, strict=True):
         assert one["expression"] == other["expression"] and one["truth"] == other["truth"]
