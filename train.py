@@ -100,8 +100,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, _: state.signals.append(received))
     if rank == 0:
-        noise = config["data"]["label_noise"]
-        note = f", label noise {noise}" if noise else ""
+        note = f", label noise {config['data']['label_noise']}" if config["data"]["label_noise"] else ""
         print(f"{state.out}: {world} rank(s) on {device.type}, micro-batches of {state.micro}{note}", file=sys.stderr)
 
     # 4. The loop.
@@ -412,10 +411,11 @@ def read_saved(out: Path, config: dict, resume: bool) -> dict | None:
     with models.unpacking(out / "last.pt", InputError):
         if saved["config"]["model"]["as_released"]:
             config["model"]["as_released"] = True  # --init may have set it
+        may_change = "workers micro_batch save_minutes annotations images sources tokenizer".split()
         for section, keys in config.items():
             for key, value in keys.items():
                 old = saved["config"][section].get(key, False)  # what an older version did not know yet was off
-                if old != value and key not in ("workers", "micro_batch", "save_minutes"):  # these may change
+                if old != value and key not in may_change:  # paths may, because rows and tokenizer have digests
                     raise InputError(f"{out}: was started with {section}.{key}={old}, cannot go on with {value}")
     return saved
 

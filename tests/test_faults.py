@@ -423,10 +423,12 @@ def own_rows(shapes: Path, folder: Path, first: int, count: int) -> list[str]:
     ]
 
 
-def test_a_run_does_not_go_on_with_other_rows(shapes):
+def test_a_run_goes_on_with_moved_files_but_not_with_other_rows(shapes):
     settings = own_rows(shapes, shapes, 0, 32)
     start(shapes, "minerows", *settings)
-    start(shapes, "minerows", *settings, "--resume")
+    (shapes / "elsewhere").symlink_to(shapes / "data" / "shapes")  # as after a move of the pictures and the tokenizer
+    moved = ["data.images=elsewhere/images", "data.tokenizer=elsewhere/shapes.spm"]
+    start(shapes, "minerows", *settings, *moved, "--resume")
     own_rows(shapes, shapes, 1, 32)
     with pytest.raises(data.InputError, match="runs/minerows: was started with other rows than"):
         start(shapes, "minerows", *settings, "--resume")
