@@ -563,10 +563,10 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> dict:
     entries = read_json(Path(path))
     if not isinstance(entries, dict) or "default" not in entries:
         raise InputError(f'{path}: expected an object of recipes and fragments, "default" among them')
-    if name not in entries:
-        raise InputError(f"{path}: there is no config {name!r}; {nearest(name, list(entries))}")
-    if isinstance(entries[name], dict) and name != "default":
-        raise InputError(f"{path}: {name!r} is a fragment of recipes, not a recipe")
+    recipes = ["default", *(key for key, parts in entries.items() if not isinstance(parts, dict))]
+    if name not in recipes:
+        fault = "is a fragment of recipes, not a recipe" if name in entries else "is unknown"
+        raise InputError(f"{path}: {name!r} {fault}; {nearest(name, recipes)}")
     config: dict = {"model": {}, "data": {}, "train": {}}
     for part in ("default", name):
         _add(config, entries, part, path)

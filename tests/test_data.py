@@ -90,7 +90,7 @@ def test_overrides_come_last_and_whole_numbers_serve_as_floats():
         ("refcoco", ["data.eval_splits=val"], "a list"),
         ("refcoco", ["train.lr"], "section.key=value"),
         ("refcocog", [], "'refcocog-umd' or 'refcocog-google'"),
-        ("stage2", [], "is a fragment of recipes"),
+        ("quick", [], "is a fragment of recipes, not a recipe; did you mean 'shapes-quick'"),
         ("refcoco", ["data.annotations=mine/train.jsonl"], "expected {split} in the name"),
     ],
 )
