@@ -49,7 +49,7 @@ from PIL import Image, ImageDraw, ImageOps
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torchvision.ops import box_area, box_convert, clip_boxes_to_image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
@@ -74,7 +74,7 @@ class Dataset:
 
     def __init__(self, rows: Sequence[Row], image_size: int, seed: int = 0, jitter: Sequence[float] | None = None):
         self.rows, self.image_size, self.seed, self.jitter = rows, image_size, seed, jitter
-        self.images: dict[tuple, Tensor] = {}  # all of a set that takes at most 600 MB, of a larger one the last
+        self.images: dict[tuple, Tensor] = {}  # those kept: all, unless some exceed their share of 600 MB
         self.bytes_per_image = 600_000_000 // max(len({row[0].image for row in rows}), 1)
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ class Dataset:
         opened = example.image, example.size
         if (image := self.images.get(opened)) is None:
             image = read_image(example.image, example.size, example.where)  # (3, H, W)
-            if image.nbytes > self.bytes_per_image:
+            if image.nbytes * getattr(get_worker_info(), "num_workers", 1) > self.bytes_per_image:
                 self.images = {}  # evaluation asks for the expressions of an image one after another
             self.images[opened] = image
         boxes = clip_boxes(example.boxes or (), image.shape[2], image.shape[1])  # (n, 4) xyxy pixels
@@ -483,7 +483,7 @@ def check_box(box: object, size: tuple[int, int] | None) -> None:
 def check_files(rows: Sequence[Row], decode: bool = False, faults: list[InputError] | None = None) -> None:
     """InputError unless every image is there, opens, has the size that its rows state and holds their boxes.
 
-    Only headers are read, unless `decode` asks for the pixels. If a list `faults` is given, every fault goes there.
+    Only headers are read, unless `decode` asks for the pixels. A list `faults`, if given, gets the first of each image.
     """
     of_one_image: dict[tuple, list[Example]] = {}
     for example in expand(rows):
@@ -613,10 +613,10 @@ def check_config(config: dict, where: str) -> None:
     for key, value in values.items():
         _set(config, where, key, value)
     model, annotations, generate = config["model"], config["data"]["annotations"], config["data"]["generate"]
-    divisors = {"image_size": model["patch_size"], "encoder_width": model["encoder_heads"], "head_width": 8}
-    for key, divisor in divisors.items():
-        if model[key] % divisor:
-            raise InputError(f"{where}: model.{key}={model[key]}: expected a multiple of {divisor}")
+    factors = {"image_size": model["patch_size"], "encoder_width": math.lcm(4, model["encoder_heads"]), "head_width": 8}
+    for key, factor in factors.items():
+        if model[key] % factor:
+            raise InputError(f"{where}: model.{key}={model[key]}: expected a multiple of {factor}")
     if "{split}" not in annotations and not annotations.endswith(".json"):
         raise InputError(f"data.annotations={brief(annotations)}: expected {{split}} in the name, or an official .json")
     if config["train"]["amp"] not in ("", "bf16", "fp16"):
@@ -658,9 +658,9 @@ def _check(value: object, allowed: type | tuple | list) -> tuple[bool, str]:
 
 def nearest(word: str, words: Sequence[str]) -> str:
     """A question that suggests the right word for a mistyped one."""
-    longer = sorted((other for other in words if other.startswith(word)), key=len)[:3]
-    close = longer or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are: {', '.join(sorted(words)):.900}"
+    words = sorted(words, key=len)
+    close = [w for w in words if w.startswith(word)][:3] or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are: {', '.join(words):.900}"
 
 
 # ---------------------------------------------------------------------------------------------- check and show
@@ -685,7 +685,7 @@ def check(config: dict, splits: Sequence[str], decode: bool) -> None:
     print_table(table)
     several = sum(count["- without a target"] + count["- with several"] for count in table.values())
     if settings["label_noise"] and "train" in splits:
-        print(f"note: {100 * settings['label_noise']:g} % of the rows of train get a wrong box", file=sys.stderr)
+        print(f"note: {100 * settings['label_noise']:g} % of the rows get a wrong box in training", file=sys.stderr)
     if several and config["model"]["queries"] == 1:
         print(f"note: {several:,} expressions need a recipe with several queries, such as grefcoco", file=sys.stderr)
     print(*faults[:20], sep="\n", end="\n" if faults else "")
@@ -794,7 +794,7 @@ def convert(sources: Sequence[str], to: str, published: str | None) -> None:
     folder, known = Path(to).parent, read_json(Path(__file__).with_name("configs.json"))["published-sizes"]
     if published and published not in known:
         raise InputError(f"--published {published}: there are: {', '.join(known)}")
-    if "{split}" not in Path(to).name:
+    if "{split}" not in Path(to).name or "{split}" in str(folder):
         raise InputError(f"--to {to}: expected {{split}} in the name, such as data/annotations/refcoco/{{split}}.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
     splits: dict[str, dict[tuple, list[Example]]] = {}  # split -> key of a row -> its examples
@@ -980,10 +980,10 @@ def make_embedded_set(settings: dict) -> None:
     folder, wanted = Path(settings["annotations"]).parent, settings["scenes"]
     if not settings["generate"] or folder != Path(settings["tokenizer"]).parent:
         return
-    if not folder.exists():
+    if wanted and not folder.exists():
         make_shapes(folder, wanted, settings["generate"])
     if (scenes := len(list((folder / "images").glob("train_*.jpg")))) != wanted:
-        raise InputError(f"{folder}: holds a set of {scenes} scenes, not data.scenes={wanted}; remove it first")
+        raise InputError(f"{folder}: holds a set of {scenes} scenes, not data.scenes={wanted}; move it away first")
 
 
 def make_shapes(folder: Path, scenes: int, set_name: str, show: bool = True) -> None:

@@ -6,7 +6,7 @@
 A run writes config.json, metrics.jsonl, last.pt (for --resume), best.pt, curves.png and samples.png. On one CPU process
 a resumed run is the same to the bit, because random choices depend on (seed, epoch, step) alone. Keys of `train`:
 
-    seed                  of the initial weights, the order of the rows, the choice of expressions, jitter and dropout
+    seed                  of initial weights, row order, choice of expressions, jitter, dropout and wrong boxes
     epochs                passes over the rows of the training split; a pass takes one expression of each row
     batch_size            examples per optimiser step, of all ranks together
     micro_batch           most examples that a rank computes at once; a step accumulates the gradients of several
@@ -22,7 +22,7 @@ a resumed run is the same to the bit, because random choices depend on (seed, ep
     amp                   precision of the encoder: "" (float32), "bf16" or "fp16"; the heads stay in float32
     checkpointing         save memory: recompute each encoder layer in the backward pass (activation checkpointing)
     compile               compile the encoder's layers with torch.compile
-    evaluate_every, evaluate_from    evaluate the first of data.eval_splits every so many epochs, not before this one
+    evaluate_every, evaluate_from    evaluate data.eval_splits[0] every so many epochs, from this one on, and at the end
     save_minutes          minutes between two saves of last.pt within an epoch; one more comes after every epoch
 """
 
@@ -415,7 +415,7 @@ def read_saved(out: Path, config: dict, resume: bool) -> dict | None:
         for section, keys in config.items():
             for key, value in keys.items():
                 old = saved["config"][section].get(key, False)  # what an older version did not know yet was off
-                if old != value and key not in may_change:  # paths may, because rows and tokenizer have digests
+                if old != value and key not in may_change:  # paths may: digests tell rows and tokenizer
                     raise InputError(f"{out}: was started with {section}.{key}={old}, cannot go on with {value}")
     return saved
 

@@ -7,8 +7,8 @@ It writes runs/ablation-NAME/: the runs, log.txt, table.md, noise.png and curves
 
 Each run is a recipe with changed loss factors, or with one piece of the code replaced (`PIECES`), for as many epochs;
 `two stages` takes half of them, rounded up, for the decoder branch alone. A share of the training rows, --noise, has a
-wrong box (data.label_noise); `val` and `test` have none. The runs share the cores, a thread each. What is already there
-is not run again, and a run that was stopped goes on.
+wrong box (data.label_noise); `val` and `test` have none. The runs share the cores, a thread each. A run that was
+stopped goes on, and a finished one is not repeated: after other changes of settings or code give another --out.
 """
 
 import argparse
@@ -166,8 +166,8 @@ def pictures(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=f"{ROOT}/configs.json:shapes-quick", metavar="FILE:NAME")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every run")
+    parser.add_argument("--epochs", type=int, default=4, help="at least 2 (default: 4)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="for every run")
     parser.add_argument("--noise", type=float, nargs="+", default=[0, 0.15, 0.3], help="shares of wrong boxes")
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
     parser.add_argument("--seed", type=int, nargs="+", default=SEEDS, help="default: 6666 1 2")

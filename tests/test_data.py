@@ -480,7 +480,7 @@ def test_boxes_of_a_row_without_a_size_are_held_against_the_image_before_anythin
     ("override", "expected"),
     [
         ("model.image_size=650", "model.image_size=650: expected a multiple of 32"),
-        ("model.encoder_heads=5", "model.encoder_width=768: expected a multiple of 5"),
+        ("model.encoder_heads=5", "model.encoder_width=768: expected a multiple of 20"),
         ("model.head_width=100", "model.head_width=100: expected a multiple of 8"),
         ("model.decoder_layers=0", "model.decoder_layers must be an integer from 1"),
         ("model.queries=0", "model.queries must be an integer from 1"),

@@ -350,7 +350,7 @@ def test_label_noise_is_stated_changes_the_training_alone_and_stays_the_same_for
     assert "data.label_noise=0.5" in start(shapes, "noisy", "--resume", status=2).stderr
     start(shapes, "noisy", "--resume", noise)
     line = ["data.py", "check", "--config", "configs.json:shapes", "--set", "data.scenes=60", noise]
-    assert "note: 50 % of the rows of train get a wrong box" in program(*line, cwd=shapes).stderr
+    assert "note: 50 % of the rows get a wrong box in training" in program(*line, cwd=shapes).stderr
 
 
 def test_curves_of_several_runs_are_one_picture_and_a_folder_without_a_run_is_one_line(shapes):
