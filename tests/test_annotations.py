@@ -387,7 +387,9 @@ def test_a_file_of_no_known_layout_is_refused(name, content, expected, tmp_path)
 
 def test_a_file_that_is_there_is_not_written_over_and_the_pattern_needs_a_split(tmp_path):
     (tmp_path / "set_val.jsonl").write_text(json.dumps(FLAT_ROW))
-    for to, expected in (("set_{split}.jsonl", "set_val.jsonl: is there already"), ("x.jsonl", "expected {split}")):
+    needed = "expected {split} in the name"
+    there = "set_{split}.jsonl", "set_val.jsonl: is there already"
+    for to, expected in (there, ("x.jsonl", needed), ("{split}/{split}.jsonl", needed)):
         with pytest.raises(data.InputError, match=expected):
             data.convert([str(tmp_path / "set_val.jsonl")], str(tmp_path / to), None)
     assert json.loads((tmp_path / "set_val.jsonl").read_text()) == FLAT_ROW

@@ -239,6 +239,12 @@ def test_an_embedded_set_of_another_size_is_not_taken_for_the_one_asked_for(shap
     assert "60 scenes" in done.stderr and not (shapes / "runs" / "other").exists()
 
 
+def test_an_embedded_set_of_no_scenes_is_not_drawn(tmp_path):
+    line = ["train.py", "--config", f"{ROOT}/configs.json:shapes", "--set", "data.scenes=0"]
+    done = program(*line, cwd=tmp_path, status=2)
+    assert "data/shapes/train.jsonl: cannot be read" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_resumed_run_may_not_change_its_settings(shapes, trained):
     done = start(shapes, "trained", "--resume", "train.lr=0.5", status=2)
     assert "train.lr" in done.stderr and done.stderr.count("\n") == 1
