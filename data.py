@@ -75,7 +75,7 @@ class Dataset:
     def __init__(self, rows: Sequence[Row], image_size: int, seed: int = 0, jitter: Sequence[float] | None = None):
         self.rows, self.image_size, self.seed, self.jitter = rows, image_size, seed, jitter
         self.images: dict[tuple, Tensor] = {}  # those kept: all, unless some exceed their share of 600 MB
-        self.bytes_per_image = 600_000_000 // max(len({row[0].image for row in rows}), 1)
+        self.bytes_per_image = 600_000_000 // max(len({row[0].image for row in rows}), 1)  # in all loader processes
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -94,7 +94,7 @@ class Dataset:
         if (image := self.images.get(opened)) is None:
             image = read_image(example.image, example.size, example.where)  # (3, H, W)
             if image.nbytes * getattr(get_worker_info(), "num_workers", 1) > self.bytes_per_image:
-                self.images = {}  # evaluation asks for the expressions of an image one after another
+                self.images = {}  # only this one stays: an evaluation asks for its other expressions next
             self.images[opened] = image
         boxes = clip_boxes(example.boxes or (), image.shape[2], image.shape[1])  # (n, 4) xyxy pixels
         if self.jitter:
@@ -483,7 +483,7 @@ def check_box(box: object, size: tuple[int, int] | None) -> None:
 def check_files(rows: Sequence[Row], decode: bool = False, faults: list[InputError] | None = None) -> None:
     """InputError unless every image is there, opens, has the size that its rows state and holds their boxes.
 
-    Only headers are read, unless `decode` asks for the pixels. A list `faults`, if given, gets the first of each image.
+    Only headers are read, unless `decode`. The first fault of each image goes into the list `faults`, if one is given.
     """
     of_one_image: dict[tuple, list[Example]] = {}
     for example in expand(rows):
@@ -614,7 +614,7 @@ def check_config(config: dict, where: str) -> None:
         _set(config, where, key, value)
     model, annotations, generate = config["model"], config["data"]["annotations"], config["data"]["generate"]
     factors = {"image_size": model["patch_size"], "encoder_width": math.lcm(4, model["encoder_heads"]), "head_width": 8}
-    for key, factor in factors.items():
+    for key, factor in factors.items():  # encoder_width: sine and cosine of y and x take a fourth each
         if model[key] % factor:
             raise InputError(f"{where}: model.{key}={model[key]}: expected a multiple of {factor}")
     if "{split}" not in annotations and not annotations.endswith(".json"):

@@ -53,7 +53,7 @@ PICTURES = 3000  # images in a report at most, some 9 kB each; the three evaluat
 ANSWER_BATCH = 16  # expressions; fixed, since the last bits depend on it and --resume starts at a multiple of it
 Found = dict[str, tuple[Tensor, Tensor]]  # {branch: scores (n,), the highest first, and boxes (n, 4) xyxy in 0..1}
 # All about one expression: image, expression; then error, or truth if known, agreement, and of each branch boxes,
-# scores, correct and iou, the mean over the true boxes of each one's best. Boxes are xyxy in pixels of the image.
+# scores, correct and iou: the best of each true box, averaged. Boxes are xyxy in pixels of the image.
 Line = dict[str, Any]
 
 
@@ -616,7 +616,7 @@ def read_questions(args: argparse.Namespace, config: dict) -> dict[str, list[dat
 
 
 def resume_answers(path: str, examples: Sequence[data.Example], branch: str) -> list[Line]:
-    """The whole batches of lines of a stopped run; the file is cut behind them. InputError: other `examples`."""
+    """The whole batches of lines of a stopped run; the file is cut behind them. InputError if others were asked."""
     with data.located(path), open(path, "rb+") as file:
         lines = file.read().split(b"\n")[:-1]  # whole ones
         answered = [json.loads(line) for line in lines]

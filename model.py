@@ -287,7 +287,7 @@ def initialise(model: SimVG, path: str | Path) -> str:
                 del weights[queries]
                 note = f"; new: {queries}"
             if model.tqg.as_released and not args.get("as_released", True):
-                # to train on with false would contradict the setting, and --resume would refuse it
+                # if last.pt held false, the same command with --resume would be refused
                 raise CheckpointError(f"{path}: its weights were not made for model.as_released=true")
             if args.get("as_released") and not model.tqg.as_released:
                 model.tqg.as_released = True

@@ -415,7 +415,7 @@ def read_saved(out: Path, config: dict, resume: bool) -> dict | None:
         for section, keys in config.items():
             for key, value in keys.items():
                 old = saved["config"][section].get(key, False)  # what an older version did not know yet was off
-                if old != value and key not in may_change:  # paths may: digests tell rows and tokenizer
+                if old != value and key not in may_change:  # paths may, since rows and tokenizer have digests
                     raise InputError(f"{out}: was started with {section}.{key}={old}, cannot go on with {value}")
     return saved
 
