@@ -46,6 +46,7 @@ VARIANTS = {  # name -> changed settings
     "both, plain distillation": [],
     SIMVG: [],
     "both, DWBD with the factors of Eq. 7": ["train.loss_token_on_teacher=2", "train.loss_token_on_truth=1"],
+    "both, the teacher's boxes alone": [],
     "SimVG in two stages": [],
     "SimVG without TQG": [],
 }
@@ -56,6 +57,11 @@ def half(logits: Tensor, *_) -> Tensor:
     return logits.new_tensor(0.5)
 
 
+def whole(logits: Tensor, *_) -> Tensor:
+    """The token branch learns from the decoder's boxes alone, however good they are."""
+    return logits.new_tensor(1.0)
+
+
 def queries_without_text(tqg: models.TextGuidedQuery, text: Tensor, text_pad: Tensor) -> Tensor:
     """The learnt queries as they are; the words reach the heads only through the tokens of image and object."""
     return tqg.query_embed.weight.expand(len(text), -1, -1)
@@ -63,6 +69,7 @@ def queries_without_text(tqg: models.TextGuidedQuery, text: Tensor, text_pad: Te
 
 PIECES = {
     "both, plain distillation": patch.object(losses, "teacher_weight", half),
+    "both, the teacher's boxes alone": patch.object(losses, "teacher_weight", whole),
     "SimVG without TQG": patch.object(models.TextGuidedQuery, "forward", queries_without_text),
 }
 
