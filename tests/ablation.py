@@ -17,7 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -46,20 +46,15 @@ VARIANTS = {  # name -> changed settings
     "both, plain distillation": [],
     SIMVG: [],
     "both, DWBD with the factors of Eq. 7": ["train.loss_token_on_teacher=2", "train.loss_token_on_truth=1"],
-    "both, the teacher's boxes alone": [],
+    "both, boxes of the teacher alone": [],
     "SimVG in two stages": [],
     "SimVG without TQG": [],
 }
 
 
-def half(logits: Tensor, *_) -> Tensor:
-    """Plain distillation: the teacher is trusted by half, however good it is."""
-    return logits.new_tensor(0.5)
-
-
-def whole(logits: Tensor, *_) -> Tensor:
-    """The token branch learns from the decoder's boxes alone, however good they are."""
-    return logits.new_tensor(1.0)
+def fixed(weight: float) -> Callable[..., Tensor]:
+    """In place of `losses.teacher_weight`: the teacher is trusted by this share, however good it is."""
+    return lambda logits, *_: logits.new_tensor(weight)
 
 
 def queries_without_text(tqg: models.TextGuidedQuery, text: Tensor, text_pad: Tensor) -> Tensor:
@@ -68,8 +63,8 @@ def queries_without_text(tqg: models.TextGuidedQuery, text: Tensor, text_pad: Te
 
 
 PIECES = {
-    "both, plain distillation": patch.object(losses, "teacher_weight", half),
-    "both, the teacher's boxes alone": patch.object(losses, "teacher_weight", whole),
+    "both, plain distillation": patch.object(losses, "teacher_weight", fixed(0.5)),
+    "both, boxes of the teacher alone": patch.object(losses, "teacher_weight", fixed(1.0)),
     "SimVG without TQG": patch.object(models.TextGuidedQuery, "forward", queries_without_text),
 }
 

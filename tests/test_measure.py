@@ -70,7 +70,7 @@ def test_the_ablation_trains_every_variant_and_draws_its_tables_and_pictures(sha
     runs = {name: ablation.rows(ablation.folder(tmp_path, 0.3, name, 1), "train") for name in cells}
     weights = {name: {row.get("teacher_weight") for row in logged} for name, logged in runs.items()}
     assert weights["both, plain distillation"] == {0.5} and weights["both, no distillation"] == {None}
-    assert weights["both, the teacher's boxes alone"] == {1.0}
+    assert weights["both, boxes of the teacher alone"] == {1.0}
     ablation.pictures(args)
     assert (tmp_path / "noise.png").exists() and (tmp_path / "curves.png").exists()
     assert (tmp_path / "noise-0.3" / "SimVG-in-two-stages-1-first" / "best.pt").exists()
