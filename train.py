@@ -97,8 +97,8 @@ def main() -> None:
     stream = data.batches(train_set, state.collate, sampler, config["data"]["workers"], pin=device.type == "cuda")
     per_step = settings["batch_size"] // world // state.micro  # micro-batches
     # 3. From now on a signal only leaves a mark, which is looked at between steps and evaluation batches.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: state.signals.append(received))
+    for number in (signal.SIGTERM, signal.SIGINT):  # a handler that held `state` would keep the threads of gloo
+        signal.signal(number, lambda received, _, signals=state.signals: signals.append(received))
     if rank == 0:
         note = f", label noise {config['data']['label_noise']}" if config["data"]["label_noise"] else ""
         print(f"{state.out}: {world} rank(s) on {device.type}, micro-batches of {state.micro}{note}", file=sys.stderr)

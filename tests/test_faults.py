@@ -100,6 +100,29 @@ def test_two_nodes_give_the_weights_of_two_ranks_on_one(shapes, straight):
     assert same_weights(shapes, "nodes", straight)
 
 
+THREADS = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+import train
+names = lambda: [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+leave, before = dist.destroy_process_group, []
+dist.destroy_process_group = lambda: (before.extend(names()), leave())
+train.main()
+assert any("gloo" in name for name in before) and not any("gloo" in name for name in names()), (before, names())
+"""
+
+
+def test_no_thread_of_the_process_group_outlives_the_run(shapes, tmp_path):
+    """Such a thread may abort its process while Python exits, and the run counts as failed although all was written."""
+    (tmp_path / "threads.py").write_text(THREADS)
+    line = [tmp_path / "threads.py", "--config", f"{ROOT}/configs.json:shapes", "--out", "runs/threads"]
+    command = [*command_line(*line, ranks=2), "--set", *SMALL_RUN]
+    env = {**environment(), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=shapes, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_run_of_two_ranks_goes_on_with_one_and_with_the_same_data(shapes):
     exact = ["train.batch_size=4", "train.epochs=2", "model.dropout=0.0", "train.eps=1e-6", "train.save_minutes=0"]
     start(shapes, "exact", *exact)
