@@ -747,8 +747,7 @@ INK = {"truth": "lime", "decoder": "orange", "token": "deepskyblue"}
 
 def draw(image: Tensor, boxes: dict[str, Tensor], caption: str, side: int = 280) -> Image.Image:
     """image (3, H, W) uint8 and {"truth" | "decoder" | "token": (n, 4) xyxy in 0..1} -> a captioned picture."""
-    scale = side / max(image.shape[1:])
-    height, width = (max(1, round(scale * length)) for length in image.shape[1:])
+    height, width = (max(1, round(side * length / max(image.shape[1:]))) for length in image.shape[1:])
     page = Image.new("RGB", (side, height + 32))
     page.paste(to_pil_image(resize(image, height, width)))
     pen = ImageDraw.Draw(page)

@@ -97,8 +97,8 @@ def main() -> None:
     stream = data.batches(train_set, state.collate, sampler, config["data"]["workers"], pin=device.type == "cuda")
     per_step = settings["batch_size"] // world // state.micro  # micro-batches
     # 3. From now on a signal only leaves a mark, which is looked at between steps and evaluation batches.
-    for number in (signal.SIGTERM, signal.SIGINT):  # a handler that held `state` would keep the threads of gloo
-        signal.signal(number, lambda received, _, signals=state.signals: signals.append(received))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: state.signals.append(received))
     if rank == 0:
         note = f", label noise {config['data']['label_noise']}" if config["data"]["label_noise"] else ""
         print(f"{state.out}: {world} rank(s) on {device.type}, micro-batches of {state.micro}{note}", file=sys.stderr)
@@ -137,7 +137,7 @@ def main() -> None:
     # 5. Evaluate the best weights on every split.
     wait_for_all()  # until rank 0 has written best.pt
     report_best(state)
-    wait_for_all(leave=True)
+    wait_for_all(leaving=state)
 
 
 def train_step(state: TrainState, micro_batches: list[data.Batch]) -> dict[str, Tensor]:
@@ -319,7 +319,8 @@ def set_up(args: argparse.Namespace) -> TrainState:
     if world > 1:
         dist.all_gather_object(everyone, mine)
     if any(other != mine for other in everyone):
-        wait_for_all(leave=True)  # a rank whose peer just vanishes may be aborted before it can say why
+        wait_for_all()  # a rank whose peer just vanishes may be aborted before it can say why
+        dist.destroy_process_group()
         raise InputError("the ranks differ in their rows, last.pt or section train: all must read the same files")
     state = build(config, out, rank, world, device)
     state.micro, state.rows, state.splits, state.digests["rows"] = micro, rows, splits, digest
@@ -454,7 +455,6 @@ def next_micro_batches(state: TrainState, stream: Iterator[data.Batch], count: i
     if losses.global_sum(torch.tensor(len(state.signals) + (fault is not None))) == 0:  # on the host: no GPU waits
         return [batch.to(state.model.device) for batch in micro_batches]
     saved = save(state, "last.pt")
-    wait_for_all(leave=True)  # when one rank leaves, torchrun ends the others, and rank 0 may still be writing
     if fault:
         tqdm.write(f"train.py: {fault}", file=sys.stderr)
     stop(state, f"after step {state.progress['step']}", saved)
@@ -462,6 +462,7 @@ def next_micro_batches(state: TrainState, stream: Iterator[data.Batch], count: i
 
 def stop(state: TrainState, where: str, saved: bool = True) -> None:
     """End this process early, after a signal with the exit status that a shell would report, otherwise with 2."""
+    wait_for_all(leaving=state)  # when one rank leaves, torchrun ends the others, and rank 0 may still be writing
     if state.rank == 0 and saved:
         tqdm.write(f"stopped {where}; the same command with --resume goes on", file=sys.stderr)
     sys.exit(128 + state.signals[0] if state.signals and saved else 2)
@@ -470,7 +471,6 @@ def stop(state: TrainState, where: str, saved: bool = True) -> None:
 def stop_after_signal(state: TrainState) -> None:
     """Between two batches of an evaluation: all ranks stop together. last.pt is from just before."""
     if losses.global_sum(torch.tensor(len(state.signals))):
-        wait_for_all(leave=True)
         stop(state, "in an evaluation")
 
 
@@ -487,11 +487,12 @@ def report_skipped(state: TrainState, terms: dict[str, Tensor], micro_batches: l
         raise InputError(f"{PATIENCE} steps in a row were not finite: lower train.lr, or use another train.amp")
 
 
-def wait_for_all(leave: bool = False) -> None:
-    """Wait until every rank is here, then maybe part from them."""
+def wait_for_all(leaving: TrainState | None = None) -> None:
+    """Wait until every rank is here. A run that is leaving then parts from the others."""
     if dist.is_initialized():
         dist.barrier()
-        if leave:
+        if leaving:
+            del leaving.wrapped  # DDP would keep the process group's threads, which may abort Python while it exits
             dist.destroy_process_group()
 
 
