@@ -551,8 +551,7 @@ def main() -> None:
                 print_attention(split, model, load_split(config, split), collate, args.branch or trained)
     else:
         answer_questions(args, model, config, collate, args.branch or trained, rank)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    wait_for_all(leave=True)
 
 
 def answer_questions(
@@ -761,6 +760,16 @@ def join_ranks(name: str | None = None) -> tuple[int, int, torch.device]:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return (dist.get_rank() if world > 1 else 0), world, device
+
+
+def wait_for_all(leave: bool = False) -> None:
+    """Wait until every rank is here, then maybe part from them. DDP, which holds the process group, must be gone."""
+    if dist.is_initialized():
+        dist.barrier()
+        if leave:
+            backend = dist.group.WORLD._get_backend(torch.device("cpu"))  # kept, or torch 2.6 may hang in the next line
+            dist.destroy_process_group()
+            del backend  # ends the threads of gloo, which could abort Python while it exits
 
 
 def keep_freed_memory() -> None:

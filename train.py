@@ -135,9 +135,10 @@ def main() -> None:
             validate(state)
 
     # 5. Evaluate the best weights on every split.
-    wait_for_all()  # until rank 0 has written best.pt
+    evaluate.wait_for_all()  # until rank 0 has written best.pt
     report_best(state)
-    wait_for_all(leaving=state)
+    del state.wrapped
+    evaluate.wait_for_all(leave=True)
 
 
 def train_step(state: TrainState, micro_batches: list[data.Batch]) -> dict[str, Tensor]:
@@ -306,7 +307,7 @@ def set_up(args: argparse.Namespace) -> TrainState:
     saved = read_saved(out, config, args.resume or restarted)
     if rank == 0:
         data.make_embedded_set(config["data"])
-    wait_for_all()
+    evaluate.wait_for_all()
     # Every rank reads all annotations. Rank 0 alone looks whether the images are there.
     rows = data.read_rows(config["data"], "train")
     if rank == 0:
@@ -319,8 +320,7 @@ def set_up(args: argparse.Namespace) -> TrainState:
     if world > 1:
         dist.all_gather_object(everyone, mine)
     if any(other != mine for other in everyone):
-        wait_for_all()  # a rank whose peer just vanishes may be aborted before it can say why
-        dist.destroy_process_group()
+        evaluate.wait_for_all(leave=True)  # a rank whose peer just vanishes may be aborted before it can say why
         raise InputError("the ranks differ in their rows, last.pt or section train: all must read the same files")
     state = build(config, out, rank, world, device)
     state.micro, state.rows, state.splits, state.digests["rows"] = micro, rows, splits, digest
@@ -441,7 +441,7 @@ def restore(state: TrainState, saved: dict) -> None:
         state.lines += saved.get("metrics", "").splitlines(keepends=True)
 
 
-# --------------------------------------------------------------------------------- when something goes wrong; ranks
+# ----------------------------------------------------------------------------------- when something goes wrong
 
 
 def next_micro_batches(state: TrainState, stream: Iterator[data.Batch], count: int) -> list[data.Batch]:
@@ -454,15 +454,15 @@ def next_micro_batches(state: TrainState, stream: Iterator[data.Batch], count: i
         fault = error
     if losses.global_sum(torch.tensor(len(state.signals) + (fault is not None))) == 0:  # on the host: no GPU waits
         return [batch.to(state.model.device) for batch in micro_batches]
-    saved = save(state, "last.pt")
     if fault:
         tqdm.write(f"train.py: {fault}", file=sys.stderr)
-    stop(state, f"after step {state.progress['step']}", saved)
+    stop(state, f"after step {state.progress['step']}", saved=save(state, "last.pt"))
 
 
 def stop(state: TrainState, where: str, saved: bool = True) -> None:
     """End this process early, after a signal with the exit status that a shell would report, otherwise with 2."""
-    wait_for_all(leaving=state)  # when one rank leaves, torchrun ends the others, and rank 0 may still be writing
+    del state.wrapped
+    evaluate.wait_for_all(leave=True)  # when one rank leaves, torchrun ends the others, and rank 0 may still be writing
     if state.rank == 0 and saved:
         tqdm.write(f"stopped {where}; the same command with --resume goes on", file=sys.stderr)
     sys.exit(128 + state.signals[0] if state.signals and saved else 2)
@@ -485,15 +485,6 @@ def report_skipped(state: TrainState, terms: dict[str, Tensor], micro_batches: l
         tqdm.write(f"step {state.progress['step']} skipped, rank {state.rank}: {values}; rows {rows}", file=sys.stderr)
     if state.skipped_in_a_row == PATIENCE:
         raise InputError(f"{PATIENCE} steps in a row were not finite: lower train.lr, or use another train.amp")
-
-
-def wait_for_all(leaving: TrainState | None = None) -> None:
-    """Wait until every rank is here. A run that is leaving then parts from the others."""
-    if dist.is_initialized():
-        dist.barrier()
-        if leaving:
-            del leaving.wrapped  # DDP would keep the process group's threads, which may abort Python while it exits
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
