@@ -8,7 +8,7 @@ from model import Output, SimVG
 
 
 def exported(net: SimVG, branch: str, words: int = 6) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim("batch", max=1024)
     sizes = {"images": {0: batch}, "tokens": {0: batch}, "text_pad": {0: batch}, "branch": None}
     return torch.export.export(net, tiny_inputs(2, words), {"branch": branch}, dynamic_shapes=sizes)
 
