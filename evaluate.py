@@ -207,7 +207,7 @@ def evaluate_dataset(
     batch_size: int = 64,
     workers: int = 0,
     amp: torch.dtype | None = None,
-    title: str = "",
+    title: str = "answers",
     after_batch: Callable[[], None] = lambda: None,
     threshold: float = THRESHOLD,
     answers_file: str | None = None,
@@ -546,12 +546,12 @@ def main() -> None:
         print(f"{args.ckpt}: {model.origin}")
     collate = load_collate(config, model)
     if args.attention and not args.image:
+        wait_for_all(leave=True)
         if rank == 0:
             for split in args.split or config["data"]["eval_splits"]:
                 print_attention(split, model, load_split(config, split), collate, args.branch or trained)
     else:
         answer_questions(args, model, config, collate, args.branch or trained, rank)
-    wait_for_all(leave=True)
 
 
 def answer_questions(
@@ -571,8 +571,8 @@ def answer_questions(
         torch.set_num_threads(1)  # the last bits of a sum depend on the number of threads that share it
     dataset = data.Dataset([(each,) for each in examples[len(done) :]], model.image_size)
     options = {"amp": models.AMP[args.amp], "threshold": args.threshold, "answers_file": args.answers}
-    options |= {"title": "answers", "at_once": at_once}
-    lines = done + evaluate_dataset(model, dataset, collate, branch, ANSWER_BATCH, workers, **options)
+    lines = done + evaluate_dataset(model, dataset, collate, branch, ANSWER_BATCH, workers, at_once=at_once, **options)
+    wait_for_all(leave=True)  # what follows is for rank 0 alone and may take long
     if rank == 0 and args.image and not args.answers:
         show_boxes(args, lines, model, collate, branch)
     elif rank == 0:
