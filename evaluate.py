@@ -763,7 +763,7 @@ def join_ranks(name: str | None = None) -> tuple[int, int, torch.device]:
 
 
 def wait_for_all(leave: bool = False) -> None:
-    """Wait until every rank is here, then maybe part from them. DDP, which holds the process group, must be gone."""
+    """Wait until every rank is here, then maybe leave the process group. Before that, delete DDP, which holds it."""
     if dist.is_initialized():
         dist.barrier()
         if leave:

@@ -137,7 +137,7 @@ def main() -> None:
     # 5. Evaluate the best weights on every split.
     evaluate.wait_for_all()  # until rank 0 has written best.pt
     report_best(state)
-    del state.wrapped
+    del state.wrapped  # DDP, which holds the process group
     evaluate.wait_for_all(leave=True)
 
 
@@ -461,7 +461,7 @@ def next_micro_batches(state: TrainState, stream: Iterator[data.Batch], count: i
 
 def stop(state: TrainState, where: str, saved: bool = True) -> None:
     """End this process early, after a signal with the exit status that a shell would report, otherwise with 2."""
-    del state.wrapped
+    del state.wrapped  # DDP, which holds the process group
     evaluate.wait_for_all(leave=True)  # when one rank leaves, torchrun ends the others, and rank 0 may still be writing
     if state.rank == 0 and saved:
         tqdm.write(f"stopped {where}; the same command with --resume goes on", file=sys.stderr)
