@@ -1,16 +1,18 @@
-"""The BEiT-3 multiway encoder: one transformer, two sets of weights (arXiv 2208.10442; SimVG Sec. 3.1, Eq. 1).
+"""The BEiT-3 multiway encoder: one transformer with two sets of weights (arXiv 2208.10442).
 
     images (B, 3, S, S) float, tokens (B, L) int64, text_pad (B, L) bool, True = padding
       -> object token (B, D), image tokens (B, N, D), text tokens (B, L, D)
 
 B batch, N = (S / patch)^2 patches, L words, T = 1 + N + L, D width, H heads.
 
-Every layer holds an image expert (object token and patches) and a text expert (words). The two meet only in
-the attention, where every token sees every token. The residual streams of image and text therefore stay two
-tensors, and no split position has to be passed around.
+Why BEiT-3: its pre-training has already taught it to fuse image and text, so that SimVG needs no
+fusion module of its own (SimVG Sec. 3.1). "Multiway" means that every layer holds an image expert
+(for the object token and the patches) and a text expert (for the words). The two meet only in the
+attention, where every token sees every token. The residual streams of image and text therefore stay
+two tensors, and no split position has to be passed around.
 
-Differences from torchscale's code: two streams instead of one that is cut in 8 places; scaled_dot_product_attention;
-without the unused mask token and the two unused rows of each position table.
+Differences from torchscale's code: two streams instead of one that is cut where the experts part;
+scaled_dot_product_attention; no mask token and no unused rows in the position tables.
 """
 
 import math
@@ -21,20 +23,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-OBJECT_TOKENS = 1  # BEiT-3's [CLS]; if there were more, their mean would be the object token
-TEXT_POSITIONS = 1022  # of every released BEiT-3, without the two rows of its table that are never read
-# The number of words of its tokenizer beit3.spm, and `data.Tokenizer.digest` of it (the file's sha256 is 6f5e2fef...).
-WORDS, TOKENIZER = 64010, "33a8c42624e4c1e48442905d5473f333b86adf81ac151fa426b755400b3df8b0"
+# Every released BEiT-3 has 1,024 rows. fairseq starts to count at 2, so the first two are not used.
+TEXT_POSITIONS = 1022
 
 
 class Expert(nn.Module):
-    """All the weights that one modality owns in one layer; D = width, every shape (B, n, D) -> (B, n, D)."""
+    """All the weights that one modality owns in one layer; shapes are (B, n, D) -> (B, n, D)."""
 
     def __init__(self, width: int, ffn: int):
         super().__init__()
         self.attn_norm = nn.LayerNorm(width)
-        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
-        self.inner_norm = nn.LayerNorm(width)  # sub-LN: a second norm inside each half of the layer
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        # Sub-LN, from Magneto: a second norm inside each half keeps deep training stable.
+        self.inner_norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, width)
         self.ffn_norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, ffn)
@@ -42,7 +45,8 @@ class Expert(nn.Module):
         self.fc2 = nn.Linear(ffn, width)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.hidden_norm(F.gelu(self.fc1(self.ffn_norm(x)))))
+        hidden = F.gelu(self.fc1(self.ffn_norm(x)))  # (B, n, ffn)
+        return self.fc2(self.hidden_norm(hidden))
 
 
 class MultiwayLayer(nn.Module):
@@ -50,7 +54,8 @@ class MultiwayLayer(nn.Module):
 
     def __init__(self, width: int, heads: int, ffn: int):
         super().__init__()
-        self.image, self.text = Expert(width, ffn), Expert(width, ffn)
+        self.image = Expert(width, ffn)
+        self.text = Expert(width, ffn)
         self.heads = heads
 
     def forward(
@@ -58,33 +63,33 @@ class MultiwayLayer(nn.Module):
         image: Tensor,
         text: Tensor,
         attn_mask: Tensor,
-        path_scale: Tensor | None = None,
+        attn_scale: Tensor | float = 1.0,
+        ffn_scale: Tensor | float = 1.0,
         object_only: bool = False,
-        maps: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """image (B, 1+N, D), text (B, L, D), attn_mask (B, 1, 1, T) bool -> the updated image and text.
+        """image (B, 1+N, D), text (B, L, D), attn_mask (B, 1, 1, T) bool -> the updated two.
 
-        `path_scale` (2, B, 1, 1) scales what attention and feed-forward add, see `BEiT3.path_scales`. With
-        `object_only` the patches are still read, but of the image only the object token is updated: (B, 1, D). The
-        attention of every token to every token (B, T, T), the mean over heads, is appended to `maps`.
+        `attn_scale` and `ffn_scale` (B, 1, 1) are the drop path of the two halves (`path_scales`).
+        `object_only` saves work in the last layer, if nobody reads the patches: they still serve as
+        keys and values, but only object token and words are updated, so that image becomes (B, 1,
+        D).
         """
-        h_image, h_text = self.image.attn_norm(image), self.text.attn_norm(text)
+        h_image = self.image.attn_norm(image)
+        h_text = self.text.attn_norm(text)
         k = self._join(self.image.k(h_image), self.text.k(h_text))  # (B, H, T, D/H)
         v = self._join(self.image.v(h_image), self.text.v(h_text))
         if object_only:
-            image, h_image = image[:, :OBJECT_TOKENS], h_image[:, :OBJECT_TOKENS]  # (B, 1, D)
+            image = image[:, :1]  # (B, 1, D)
+            h_image = h_image[:, :1]
         q = self._join(self.image.q(h_image), self.text.q(h_text))
-        if maps is not None:  # the fused kernel below never holds them
-            scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5  # (B, H, T, T)
-            maps.append(scores.masked_fill(~attn_mask, -torch.inf).softmax(-1).mean(1))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        attended = attended.transpose(1, 2).flatten(2)  # (B, T, D); with object_only (B, 1+L, D)
+        attended = attended.transpose(1, 2).flatten(2)  # (B, T, D), or (B, 1+L, D) with object_only
         a_image, a_text = attended.split([image.shape[1], text.shape[1]], dim=1)
 
-        image = _add(image, self.image.out(self.image.inner_norm(a_image)), path_scale, 0)
-        text = _add(text, self.text.out(self.text.inner_norm(a_text)), path_scale, 0)
-        image = _add(image, self.image.feed_forward(image), path_scale, 1)
-        text = _add(text, self.text.feed_forward(text), path_scale, 1)
+        image = image + attn_scale * self.image.out(self.image.inner_norm(a_image))
+        text = text + attn_scale * self.text.out(self.text.inner_norm(a_text))
+        image = image + ffn_scale * self.image.feed_forward(image)
+        text = text + ffn_scale * self.text.feed_forward(text)
         return image, text
 
     def _join(self, image: Tensor, text: Tensor) -> Tensor:
@@ -92,95 +97,110 @@ class MultiwayLayer(nn.Module):
         return joined.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D/H)
 
 
-def _add(x: Tensor, change: Tensor, path_scale: Tensor | None, half: int) -> Tensor:
-    return x + change if path_scale is None else x + path_scale[half] * change
-
-
 class BEiT3(nn.Module):
-    """See the head of this file; `drop_path` is the rate of the last layer."""
+    """The encoder at the head of this file. `drop_path` is the rate of the last layer."""
 
     def __init__(
-        self, image_size: int, patch: int, vocab: int, width: int, layers: int, heads: int, ffn: int, drop_path: float
+        self,
+        image_size: int,
+        patch: int,
+        vocab: int,
+        width: int,
+        layers: int,
+        heads: int,
+        ffn: int,
+        drop_path: float,
     ):
         super().__init__()
-        assert not image_size % patch and not width % heads, "the patch must divide the image, the heads the width"
         self.grid = image_size // patch
         self.patch_embed = nn.Conv2d(3, width, kernel_size=patch, stride=patch)
         self.text_embed = nn.Embedding(vocab, width)
-        self.object_token = nn.Parameter(torch.zeros(1, OBJECT_TOKENS, width))  # BEiT-3's [CLS]
-        self.image_positions = nn.Parameter(torch.empty(OBJECT_TOKENS + self.grid**2, width))
+        self.object_token = nn.Parameter(torch.zeros(width))  # BEiT-3's [CLS]
+        self.image_positions = nn.Parameter(torch.empty(1 + self.grid**2, width))
         self.text_positions = nn.Parameter(torch.empty(TEXT_POSITIONS, width))
         self.layers = nn.ModuleList(MultiwayLayer(width, heads, ffn) for _ in range(layers))
-        # grows from 0 in the first layer to its full rate in the last; for `large` that is 0 (D10)
+        self.image_norm = nn.LayerNorm(width)
+        self.text_norm = nn.LayerNorm(width)
+        # The rate grows from 0 in the first layer. (In the official code a typo makes it 0 in every
+        # layer of `large`; its recipes here say 0, see D10.)
+        self.drop_path = drop_path
         rates = torch.tensor([drop_path * i / max(layers - 1, 1) for i in range(layers)])
         self.register_buffer("drop_rates", rates, persistent=False)
-        self.drops = drop_path > 0  # a Python bool, because reading the buffer would wait for the device
-        self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.checkpointing = False  # recompute each layer in the backward pass
+        self.checkpointing = False  # to save memory, compute each layer again in the backward pass
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights to train from scratch with (deviation D7); otherwise a small model stays at the mean box for long."""
+        """Weights from which a small model trains from scratch (D7).
+
+        With those of the official code it would answer the mean box for a long time.
+        """
         for name, layer in self.layers.named_modules():
             if isinstance(layer, nn.Linear):
-                # Small residual outputs: at the start each layer is close to the identity.
-                nn.init.xavier_uniform_(layer.weight, gain=0.2 if name.endswith(("out", "fc2")) else 1.0)
+                # What a layer adds is small at the start, so that it is close to the identity.
+                adds_to_residual = name.endswith(("out", "fc2"))
+                nn.init.xavier_uniform_(layer.weight, gain=0.2 if adds_to_residual else 1.0)
                 nn.init.zeros_(layer.bias)
         width = self.text_embed.embedding_dim
         nn.init.normal_(self.text_embed.weight, std=1.0)
         with torch.no_grad():
-            self.image_positions[:OBJECT_TOKENS].zero_()
-            self.image_positions[OBJECT_TOKENS:] = sine_2d(self.grid, width)
+            self.image_positions[0].zero_()
+            self.image_positions[1:] = sine_2d(self.grid, width)
             self.text_positions.copy_(sine_1d(torch.arange(TEXT_POSITIONS), width))
 
     def forward(
-        self, images: Tensor, tokens: Tensor, text_pad: Tensor, object_only: bool = False, maps: list | None = None
+        self, images: Tensor, tokens: Tensor, text_pad: Tensor, object_only: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See the head of this file. With `object_only` the image tokens come back empty, (B, 0, D). Each layer appends
-        its attention to `maps`, see `MultiwayLayer`."""
+        """See the head of this file. With `object_only` the image tokens are empty, (B, 0, D)."""
         image, text, attn_mask = self.embed(images, tokens, text_pad)
         path_scales = self.path_scales(images.shape[0])
-        recompute = self.checkpointing and torch.is_grad_enabled()
-        for i, layer in enumerate(self.layers):
-            last = i == len(self.layers) - 1
-            scale = None if path_scales is None else path_scales[i]
-            inputs = image, text, attn_mask, scale, object_only and last, maps
-            image, text = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
-        image, text = self.image_norm(image), self.text_norm(text)
-        return image[:, :OBJECT_TOKENS].mean(1), image[:, OBJECT_TOKENS:], text
+        for layer, (attn_scale, ffn_scale) in zip(self.layers, path_scales, strict=True):
+            is_last = layer is self.layers[-1]
+            options = {
+                "attn_scale": attn_scale,
+                "ffn_scale": ffn_scale,
+                "object_only": object_only and is_last,
+            }
+            if self.checkpointing and torch.is_grad_enabled():
+                image, text = checkpoint(
+                    layer, image, text, attn_mask, use_reentrant=False, **options
+                )
+            else:
+                image, text = layer(image, text, attn_mask, **options)
+        image = self.image_norm(image)
+        text = self.text_norm(text)
+        return image[:, 0], image[:, 1:], text
 
-    def embed(self, images: Tensor, tokens: Tensor, text_pad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Eq. 1: image (B, 1+N, D), text (B, L, D), and attn_mask (B, 1, 1, T), which is False for padding."""
+    def embed(
+        self, images: Tensor, tokens: Tensor, text_pad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Eq. 1: image (B, 1+N, D), text (B, L, D), attn_mask (B, 1, 1, T), False for padding."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
-        # flattened: for one example DDP would warn of its gradient's strides
-        object_token = self.object_token.flatten().view(OBJECT_TOKENS, -1).expand(images.shape[0], -1, -1)  # (B, 1, D)
+        object_token = self.object_token.expand(images.shape[0], 1, -1)  # (B, 1, D)
         image = torch.cat([object_token, patches], dim=1) + self.image_positions
         text = self.text_embed(tokens) + self.text_positions[: tokens.shape[1]]  # (B, L, D)
         text = text.masked_fill(text_pad[..., None], 0)
-        attn_mask = F.pad(~text_pad, (image.shape[1], 0), value=True)[:, None, None]  # (B, 1, 1, T)
-        return image, text, attn_mask
+        image_pad = torch.zeros(image.shape[:2], dtype=torch.bool, device=image.device)  # (B, 1+N)
+        attn_mask = ~torch.cat([image_pad, text_pad], dim=1)  # (B, T)
+        return image, text, attn_mask[:, None, None]
 
-    def path_scales(self, batch: int) -> Tensor | None:
-        """Drop path. In training (layers, 2, B, 1, 1): 0 for the samples whose residual branch is skipped, else
-        1 / the probability of keeping it. The layers do not draw them, because torch.compile would compile each layer
-        anew for its own rate."""
-        if not self.training or not self.drops:
-            return None
+    def path_scales(self, batch: int) -> Tensor | list[tuple[float, float]]:
+        """Drop path, (layers, 2, B, 1, 1): the factors of attention and feed-forward.
+
+        In training a factor is 0 for a sample whose half of the layer is skipped, else 1 / the
+        probability of keeping it; otherwise all are 1. They are drawn here for all layers, because
+        torch.compile would compile each layer anew for its own rate.
+        """
+        if not self.training or self.drop_path == 0:
+            return [(1.0, 1.0)] * len(self.layers)
         keep = 1 - self.drop_rates[:, None, None, None, None]  # (layers, 1, 1, 1, 1)
         return torch.bernoulli(keep.expand(-1, 2, batch, 1, 1)) / keep
 
-    def keep_in_16_bits(self, amp: torch.dtype) -> None:
-        """Store the matrices in the precision that autocast would cast them to in every call. For inference with this
-        `amp`; the answers stay the same."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                module.to(amp)
-
 
 def sine_1d(places: Tensor, width: int, one_frequency: bool = False) -> Tensor:
-    """1-D absolute sine positions of places (n,) -> (n, width): sin on even, cos on odd columns, temperature 10000.
+    """1-D sine positions of places (n,) -> (n, width): sin on even, cos on odd columns.
 
-    `one_frequency` (D4) is what the official code computes: all frequencies but the first are cut to zero.
+    The temperature is 10000. `one_frequency` is what the official code computes, which cuts all
+    frequencies but the first to zero (D4).
     """
     frequency = 10000 ** (-torch.arange(0, width, 2) / width)  # (width/2,)
     if one_frequency:
@@ -190,16 +210,21 @@ def sine_1d(places: Tensor, width: int, one_frequency: bool = False) -> Tensor:
 
 
 def sine_2d(grid: int, width: int) -> Tensor:
-    """2-D absolute sine positions (grid*grid, width) of DETR: first half y, second half x, each over (0, 2 pi]."""
+    """DETR's 2-D sine positions (grid*grid, width): y in the first half, x in the second.
+
+    Rows and columns are spread over (0, 2 pi].
+    """
     places = torch.arange(1, grid + 1) / (grid + 1e-6) * 2 * math.pi  # (grid,)
     axis = sine_1d(places, width // 2)  # (grid, width/2)
-    y, x = axis[:, None].expand(-1, grid, -1), axis[None].expand(grid, -1, -1)
+    y = axis[:, None].expand(-1, grid, -1)  # (grid, grid, width/2)
+    x = axis[None].expand(grid, -1, -1)
     return torch.cat([y, x], dim=2).flatten(0, 1)
 
 
-# ---------------------------------------------------------------------------------- BEiT-3 checkpoint files
+# ------------------------------------------------------------------------ BEiT-3 checkpoint files
 
-# Names in BEiT-3's files -> names here: regular expressions, applied one after the other. What stands before stays.
+# Names in BEiT-3's files -> names here: regular expressions, applied one after the other.
+# A prefix, such as the `vis_enc.` of SimVG's files, is kept.
 _NAMES = {
     r"vision_embed\.cls_token": "object_token",
     r"vision_embed\.proj": "patch_embed",
@@ -207,65 +232,84 @@ _NAMES = {
     r"encoder\.embed_positions\.B\.weight": "text_positions",
     r"encoder\.layer_norm\.A": "image_norm",
     r"encoder\.layer_norm\.B": "text_norm",
-    # A marks the image expert and B the text expert, as in self_attn.q_proj.A.weight and ffn.A.fc1.weight
+    # A marks the image expert, B the text expert: self_attn.q_proj.A.weight, ffn.A.fc1.weight
     r"encoder\.(layers\.\d+)\.(.+)\.A\b": r"\1.image.\2",
     r"encoder\.(layers\.\d+)\.(.+)\.B\b": r"\1.text.\2",
     r"self_attn_layer_norm": "attn_norm",
     r"self_attn\.([qkv])_proj": r"\1",
     r"self_attn\.inner_attn_ln": "inner_norm",
     r"self_attn\.out_proj": "out",
-    r"final_layer_norm": "ffn_norm",  # in spite of its name the norm *before* the feed-forward network
+    r"final_layer_norm": "ffn_norm",  # in spite of its name, *before* the feed-forward network
     r"ffn\.ffn_layernorm": "hidden_norm",
     r"ffn\.(fc[12])": r"\1",
 }
-UNUSED = "vision_embed.mask_token"  # the only tensor of a BEiT-3 encoder that grounding never reads
+UNUSED = "vision_embed.mask_token"  # grounding never reads this tensor of BEiT-3's pre-training
 
 
 def from_beit3(official: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with BEiT-3's tensors under this file's names. Other tensors, and prefixes, stay as they are."""
-    ours = renamed({name: value for name, value in official.items() if not name.endswith(UNUSED)}, _NAMES)
-    # fairseq starts to count positions at 2: the first two rows are never read
-    return {name: value[2:] if name.endswith("_positions") else value for name, value in ours.items()}
+    """A state dict with BEiT-3's tensors under this file's names; others stay as they are."""
+    ours = {}
+    for name, value in renamed(official, _NAMES).items():
+        if name.endswith("_positions"):
+            ours[name] = value[2:]  # see TEXT_POSITIONS; image positions start at 2 as well
+        elif name.endswith("object_token"):
+            ours[name] = value.flatten()  # (1, 1, D)
+        elif not name.endswith(UNUSED):
+            ours[name] = value
+    return ours
 
 
 def renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
-    """In every name each regular expression of `names` is replaced, one after the other."""
+    """Replace each regular expression of `names` in every name, one after the other."""
     for pattern, replacement in names.items():
         weights = {re.sub(pattern, replacement, name): value for name, value in weights.items()}
     return weights
 
 
-def pretrained_weights(state: dict, encoder: BEiT3) -> tuple[dict[str, Tensor], list[str]]:
-    """A BEiT-3 checkpoint -> the tensors of `encoder`, fitted to its grid and patch, and the names that are not used:
-    the mask token, and whatever lies outside, such as pre-training heads. ValueError if it holds no encoder."""
-    found = state.get("model") or state.get("module") or state
-    official = {name.removeprefix("beit3."): value for name, value in found.items() if name.startswith("beit3.")}
+def pretrained_weights(state: dict[str, Tensor], encoder: BEiT3) -> dict[str, Tensor]:
+    """A BEiT-3 checkpoint -> the tensors of `encoder`, fitted to its grid and patch.
+
+    What lies outside of the encoder, such as pre-training heads, is left out. ValueError if nothing
+    is left.
+    """
+    official = {}
+    for name, value in state.items():
+        if name.startswith("beit3."):
+            official[name.removeprefix("beit3.")] = value
     if not official:
         raise ValueError("it holds neither SimVG nor BEiT-3 weights")
-    unused = sorted(name for name in found if not name.startswith("beit3.") or name == f"beit3.{UNUSED}")
-    return from_beit3(resize_pretrained(official, encoder.grid, encoder.patch_embed.kernel_size[0])), unused
+    patch = encoder.patch_embed.kernel_size[0]
+    return from_beit3(resize_pretrained(official, encoder.grid, patch))
+
+
+def bicubic(x: Tensor, side: int) -> Tensor:
+    """(n, c, h, w) -> (n, c, side, side), without antialias, in float32."""
+    size = (side, side)
+    return F.interpolate(x.float(), size=size, mode="bicubic", align_corners=False)
 
 
 def resize_positions(table: Tensor, grid: int, extra: int) -> Tensor:
-    """(extra + g*g, D) -> (extra + grid*grid, D): the first `extra` rows are kept, the rest is a picture g x g."""
+    """(extra + g*g, D) -> (extra + grid*grid, D), by interpolation of the last g*g rows."""
     old = math.isqrt(len(table) - extra)
     if old == grid:
         return table
-    picture = table[extra:].float().T.reshape(1, -1, old, old)  # (1, D, g, g)
-    picture = F.interpolate(picture, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([table[:extra].float(), picture.flatten(2)[0].T])
+    picture = table[extra:].T.reshape(1, -1, old, old)  # (1, D, g, g)
+    resized = bicubic(picture, grid).flatten(2)[0].T  # (grid*grid, D)
+    return torch.cat([table[:extra].float(), resized])
 
 
 def resize_pretrained(state_dict: dict[str, Tensor], grid: int, patch: int) -> dict[str, Tensor]:
     """BEiT-3 tensors under BEiT-3's names, fitted to grid x grid patches of patch x patch pixels.
 
-    Bicubic without antialias, in float32. The patch kernel is not rescaled, so going from 16 to 32 pixels makes
-    patch embeddings about 4 times larger, as in the official code.
+    The values of the patch kernel are not rescaled, so that going from 16 to 32 pixels makes patch
+    embeddings about 4 times larger. The official training starts from these embeddings, and so does
+    ours.
     """
     fitted = dict(state_dict)
     for name, value in state_dict.items():
         if name.endswith("encoder.embed_positions.A.weight"):
-            fitted[name] = resize_positions(value, grid, extra=3)  # two rows never read, and the object token's
+            # the two rows that are not used, and the object token's
+            fitted[name] = resize_positions(value, grid, extra=3)
         elif name.endswith("vision_embed.proj.weight") and value.shape[-1] != patch:
-            fitted[name] = F.interpolate(value.float(), size=(patch, patch), mode="bicubic", align_corners=False)
+            fitted[name] = bicubic(value, patch)
     return fitted

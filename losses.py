@@ -1,18 +1,32 @@
-"""The training loss of SimVG: set loss, matching, dynamic weight-balance distillation (Sec. 3.4, Eq. 4 to 7).
+"""The training loss of SimVG: set loss, matching, dynamic weight-balance distillation (Sec. 3.4).
 
-    total = decoder * L_det(decoder, targets)                                                      Eq. 4
-          + token_on_teacher * W_dt * L_det(token, decoder's boxes)                                Eq. 7
-          + token_on_truth * (1 - W_dt) * L_det(token, targets)             1 - W_dt is 1 without a teacher
+    total = decoder * L_det(decoder, targets)                                          Eq. 4
+          + token_on_teacher * W_dt * L_det(token, decoder's boxes)                    Eq. 7
+          + token_on_truth * (1 - W_dt) * L_det(token, targets)
 
-P predictions, such as the K decoder layers, of B examples with Q queries are logits (P, B, Q, 2) and boxes
-(P, B, Q, 4), cxcywh in 0..1; class 0 is the referred object, class 1 "no object". The truth is padded: targets
-(B, M, 4) and target_mask (B, M), True = a real box; a row that is all False is an example without a target. Queries are
-matched to `candidates` (B, M [+ Q], 4): the targets, for distillation also the last decoder layer's boxes. Sums are
-divided by counts of the *global* batch (D6 in README.md). W_dt alone is one number per micro-batch, of all ranks.
+Without a teacher W_dt is 0. The paper prints the last two factors the other way round; the released
+configs have these (D1).
+
+Why W_dt: at first the decoder's boxes are poor, so the student learns from the truth. W_dt is how
+good they are, IoU with the truth times score, and moves the weight from the truth to the teacher as
+the teacher improves. In REC the only query always is an object, so that its score is soon 1 and
+W_dt is the teacher's mean IoU.
+
+K decoder layers, B examples, Q queries, M targets. The token branch is passed as if it were a
+decoder with K = 1. Boxes are cxcywh in 0..1; class 0 is the referred object, class 1 "no object".
+Targets are padded: target_mask (B, M) is True for a real box, and a row that is all False is an
+example without a target.
+
+Why sums are divided by counts of the *global* batch (D6): a mean per micro-batch would count an
+object more where it shares its micro-batch with fewer objects. Divided by the counts of the whole
+step, gradients do not depend on ranks and micro-batches. One exception: W_dt needs the decoder's
+boxes, so it is computed for each micro-batch, over all ranks; another `train.micro_batch` therefore
+changes it slightly.
 """
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,89 +36,127 @@ from torchvision.ops import box_convert
 
 from model import Output
 
-CLASS, L1, GIOU = 1.0, 5.0, 2.0  # lambda 1, 2, 3 of Eq. 4, in the loss and in the matching
-NO_OBJECT = 0.1  # weight of the class "no object" in the cross entropy; a config says it in train.no_object_weight
-EPS = 1e-6  # added to denominators as in the official code; a box of 3 % x 3 % of the image has IoU 0.999 with itself
+# lambda 1, 2, 3 of Eq. 4, in the loss and in the matching
+CLASS = 1.0
+L1 = 5.0
+GIOU = 2.0
+# Added to denominators, as in the official code. It lowers the IoU of small boxes a little: a box
+# of 3 % x 3 % of the image has 0.999 with itself.
+EPS = 1e-6
 
 
 def area(sides: Tensor) -> Tensor:
-    """(..., 2) widths and heights -> (...). Not `prod`: its gradient waits for the device to look for zeros."""
+    """(..., 2) widths and heights -> (...)."""
+    # width * height, not sides.prod(-1), whose backward pass makes the GPU wait
     width, height = sides.clamp(min=0).unbind(-1)
     return width * height
 
 
 def iou_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU and generalised IoU of cxcywh boxes a (..., 4) and b (..., 4), pair by pair; leading sizes broadcast."""
-    a, b = box_convert(a, "cxcywh", "xyxy"), box_convert(b, "cxcywh", "xyxy")
+    """IoU and generalised IoU of cxcywh boxes a (..., 4) and b (..., 4), pair by pair.
+
+    Leading sizes broadcast.
+    """
+    a = box_convert(a, "cxcywh", "xyxy")
+    b = box_convert(b, "cxcywh", "xyxy")
     overlap = area(torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]))
-    enclosing = area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
+    hull = area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
     union = area(a[..., 2:] - a[..., :2]) + area(b[..., 2:] - b[..., :2]) - overlap
     iou = overlap / (union + EPS)
-    return iou, iou - (enclosing - union) / (enclosing + EPS)
+    giou = iou - (hull - union) / (hull + EPS)
+    return iou, giou
+
+
+@torch.no_grad()
+def match(logits: Tensor, boxes: Tensor, targets: Tensor, target_mask: Tensor) -> Tensor:
+    """Eq. 5: the target of each query, (K, B, Q) int64, -1 for none. Each layer is matched alone.
+
+    logits (K, B, Q, 2), boxes (K, B, Q, 4), targets (B, M, 4), target_mask (B, M).
+    """
+    K, B, Q, _ = boxes.shape
+    if Q == 1 and targets.shape[1] == 1:
+        # REC: the only query gets the only target. The general code gives the same, but copies the
+        # costs to the CPU.
+        return torch.where(target_mask, 0, -1).expand(K, B, Q)
+    predicted = boxes[:, :, :, None]  # (K, B, Q, 1, 4)
+    wanted = targets[None, :, None]  # (1, B, 1, M, 4)
+    l1 = (predicted - wanted).abs().sum(-1)  # (K, B, Q, M)
+    _, giou = iou_giou(predicted, wanted)  # (K, B, Q, M)
+    score = logits.softmax(-1)[..., :1]  # (K, B, Q, 1)
+    cost = L1 * l1 - CLASS * score - GIOU * giou  # (K, B, Q, M)
+    # If a prediction is NaN, so is the loss, and train.py skips the step.
+    return assign_targets(cost, target_mask).to(boxes.device)
+
+
+def assign_targets(cost: Tensor, target_mask: Tensor) -> Tensor:
+    """cost (K, B, Q, M), target_mask (B, M) -> what `match` returns, on the CPU."""
+    cost = cost.cpu()
+    target_mask = target_mask.cpu()
+    matched = torch.full(cost.shape[:3], -1)  # (K, B, Q)
+    for b in range(cost.shape[1]):
+        real = target_mask[b].nonzero()[:, 0]  # the numbers of the targets that are no padding
+        for k in range(cost.shape[0]):
+            queries, columns = assign(cost[k, b][:, real])
+            matched[k, b, queries] = real[columns]
+    return matched
+
+
+def targets_of(matched: Tensor, targets: Tensor) -> Tensor:
+    """matched (K, B, Q), targets (B, M, 4) -> (K, B, Q, 4), the target of each query.
+
+    A query without a target gets the first one; callers mask it out.
+    """
+    index = matched.clamp(min=0)[..., None].expand(-1, -1, -1, 4)  # (K, B, Q, 4)
+    return targets.expand(len(matched), -1, -1, -1).gather(2, index)
+
+
+class Divisors(NamedTuple):
+    """What the sums of `detection_loss` are divided by: counts of the whole step (`divisors`)."""
+
+    targets: Tensor  # the number of targets
+    class_weights: Tensor  # the sum of the weights of all queries in the cross entropy
 
 
 def detection_loss(
-    logits: Tensor, boxes: Tensor, candidates: Tensor, matched: Tensor, norm: Tensor, no_object: float
+    logits: Tensor,
+    boxes: Tensor,
+    targets: Tensor,
+    matched: Tensor,
+    by: Divisors,
+    no_object: float,
 ) -> Tensor:
-    """L_det of Eq. 4, summed over the P predictions: 1 cross entropy + 5 L1 + 2 (1 - GIoU). A scalar. logits
-    (P, B, Q, 2), boxes (P, B, Q, 4), candidates (B, M [+ Q], 4), matched (P, B, Q), norm (2,) of `step_normalisers`."""
-    has_target = matched >= 0  # (P, B, Q)
+    """L_det of Eq. 4, summed over K layers: cross entropy + 5 L1 + 2 (1 - GIoU). A scalar.
+
+    logits (K, B, Q, 2), boxes (K, B, Q, 4), targets (B, M, 4), matched (K, B, Q) of `match`.
+    `no_object` is the weight of queries without a target in the cross entropy: most queries have
+    none, and with weight 1 the loss would be about them (DETR).
+    """
+    has_target = matched >= 0  # (K, B, Q)
+    label = torch.where(has_target, 0, 1)
+    weight = torch.where(has_target, 1.0, no_object)
     # flattened, because cross entropy over a middle dimension has no deterministic CUDA kernel
-    label, weight = (~has_target).long().flatten(), torch.where(has_target, 1.0, no_object).flatten()
-    cross_entropy = (weight * F.cross_entropy(logits.flatten(0, 2), label, reduction="none")).sum()
-    index = matched.clamp(min=0)[..., None].expand(-1, -1, -1, 4)  # (P, B, Q, 4)
-    wanted = candidates.expand(len(boxes), -1, -1, -1).gather(2, index)  # (P, B, Q, 4)
+    entropies = F.cross_entropy(logits.flatten(0, 2), label.flatten(), reduction="none")
+    cross_entropy = (weight.flatten() * entropies).sum()
+
+    wanted = targets_of(matched, targets)  # (K, B, Q, 4)
+    _, giou = iou_giou(boxes, wanted)  # (K, B, Q)
     l1 = ((boxes - wanted).abs().sum(-1) * has_target).sum()
-    giou = ((1 - iou_giou(boxes, wanted)[1]) * has_target).sum()
-    targets_of_step, weights_of_step = norm
-    return CLASS * cross_entropy / weights_of_step + (L1 * l1 + GIOU * giou) / targets_of_step
+    giou_loss = ((1 - giou) * has_target).sum()
+    return CLASS * cross_entropy / by.class_weights + (L1 * l1 + GIOU * giou_loss) / by.targets
 
 
 @torch.no_grad()
-def match(logits: Tensor, boxes: Tensor, candidates: Tensor, target_mask: Tensor) -> Tensor:
-    """Eq. 5: logits (P, B, Q, 2), boxes (P, B, Q, 4), candidates (B, M [+ Q], 4), target_mask (B, M) -> (P, B, Q)
-    int64, the candidate of each query, -1 = none. Each of the P predictions is matched to the targets on its own. In
-    distillation one more row, (P + 1, B, Q), matches the token branch, the last prediction, to the boxes of those
-    decoder queries that got a target."""
-    (P, B, Q, _), M = boxes.shape, target_mask.shape[1]
-    distil = candidates.shape[1] > M
-    if Q == M == 1:  # REC: there is nothing to choose
-        matched = torch.where(target_mask, 0, -1).expand(P, B, 1)
-        return torch.cat([matched, torch.where(target_mask, 1, -1)[None]]) if distil else matched
-    pairs = boxes[:, :, :, None], candidates[None, :, None]  # (P, B, Q, 1, 4), (1, B, 1, M [+ Q], 4)
-    l1 = (pairs[0] - pairs[1]).abs().sum(-1)  # (P, B, Q, M [+ Q])
-    score = logits.softmax(-1)[..., :1]  # (P, B, Q, 1)
-    cost = L1 * l1 - CLASS * score - GIOU * iou_giou(*pairs)[1]
-    cost = cost.nan_to_num(1e9, 1e9, -1e9)  # train.py handles losses that are not finite
-    cost[..., :M].masked_fill_(~target_mask[:, None], math.inf)  # infinite = padding
-    return torch.tensor(match_on_host(cost, M), device=boxes.device)
+def teacher_weight(logits: Tensor, boxes: Tensor, targets: Tensor, matched: Tensor) -> Tensor:
+    """W_dt of Eq. 6: the mean over matched pairs of IoU x score; 0 without any pair (D8).
 
-
-def match_on_host(cost: Tensor, M: int) -> list[list[list[int]]]:
-    """cost (P, B, Q, M), or (P, B, Q, M + Q) for distillation -> what `match` returns, as lists."""
-
-    def matched(costs: list[list[float]], columns: list[int]) -> list[int]:
-        """The column of each query, -1 = none."""
-        pairs = zip(*assign([[values[j] for j in columns] for values in costs]), strict=True)
-        column = {query: columns[j] for query, j in pairs}
-        return [column.get(query, -1) for query in range(len(costs))]
-
-    every_cost = cost.tolist()  # all at once, because each trip to the host waits for the device
-    result = [[matched(c, [j for j in range(M) if c[0][j] < math.inf]) for c in costs] for costs in every_cost]
-    if cost.shape[3] > M:  # distillation: the predictions are the decoder layers, then the token branch
-        students = zip(every_cost[-1], result[-2], strict=True)  # its costs, the last decoder layer's matches
-        result.append([matched(c, [M + q for q, j in enumerate(teacher) if j >= 0]) for c, teacher in students])
-    return result
-
-
-@torch.no_grad()
-def teacher_weight(logits: Tensor, boxes: Tensor, candidates: Tensor, matched: Tensor) -> Tensor:
-    """W_dt of Eq. 6: the mean over matched pairs of IoU x score of the decoder's boxes; 0 without any pair (D8). logits
-    (B, Q, 2), boxes (B, Q, 4), candidates (B, M [+ Q], 4), matched (B, Q). A scalar, the same on all ranks."""
-    has_target = matched >= 0  # (B, Q)
-    wanted = candidates.gather(1, matched.clamp(min=0)[..., None].expand(-1, -1, 4))  # (B, Q, 4)
-    quality = iou_giou(boxes, wanted)[0] * logits.softmax(-1)[..., 0] * has_target  # (B, Q)
-    total, count = global_sum(torch.stack([quality.sum(), has_target.sum().float()]))
+    The arguments are those of the last decoder layer alone (K = 1). A scalar, the same on all
+    ranks.
+    """
+    iou, _ = iou_giou(boxes, targets_of(matched, targets))  # (1, B, Q)
+    score = logits.softmax(-1)[..., 0]  # (1, B, Q)
+    has_target = matched >= 0  # (1, B, Q)
+    quality = (iou * score * has_target).sum()
+    total, count = global_sum(torch.stack([quality, has_target.sum().float()]))
     return total / count.clamp(min=1)
 
 
@@ -115,41 +167,47 @@ def simvg_loss(
     decoder: float | None = 1.0,
     token_on_truth: float | None = 2.0,
     token_on_teacher: float | None = 1.0,
-    no_object: float = NO_OBJECT,
-    norm: Tensor | None = None,
+    no_object: float = 0.1,
+    by: Divisors | None = None,
 ) -> dict[str, Tensor]:
-    """The total loss at the head of this file (D1), with targets (B, M, 4) and target_mask (B, M).
+    """The total loss at the head of this file, with targets (B, M, 4) and target_mask (B, M).
 
-    Returns scalars: `total`, its terms by their factors' names and, with a teacher, W_dt as `teacher_weight`. A factor
-    of None leaves its term out, and a branch that no term needs may be None in `output`. `norm` is what
-    `step_normalisers` gives for the whole step; without it this batch is the whole step. To add a term, name its factor
-    here, in train_step, data.KEYS, `default` of configs.json and draw_curves; explain it at the head of train.py.
+    Returns scalars: `total`, its terms by their factors' names and, with a teacher, W_dt as
+    `teacher_weight`. A factor of None leaves its term out, and a branch that no term needs may be
+    None in `output`; a factor of 0 only silences the term. `by` is what `divisors` gives for the
+    whole step; without it this batch is the whole step.
     """
-    branches = {"decoder": (output.decoder_logits, output.decoder_boxes)} if output.decoder_logits is not None else {}
-    if output.token_logits is not None:
-        branches["token"] = output.token_logits[None], output.token_boxes[None]  # (1, B, Q, 2), (1, B, Q, 4)
-    logits, boxes = (torch.cat(each) for each in zip(*branches.values(), strict=True))  # (P, B, Q, 2), (P, B, Q, 4)
-    if norm is None:
-        norm = step_normalisers(count_targets(target_mask, logits.shape[2], no_object))
-    teacher = [] if token_on_teacher is None else [output.decoder_boxes[-1].detach()]
-    candidates = torch.cat([targets, *teacher], dim=1)  # (B, M [+ Q], 4)
-    matched = match(logits, boxes, candidates, target_mask)  # (P, B, Q), for distillation (P + 1, B, Q)
-    # Decoder layers matched to targets (K, B, Q), token branch to targets (1, B, Q) and to the teacher (1, B, Q).
-    P, K = len(logits), 0 if output.decoder_logits is None else len(output.decoder_logits)
-    decoder_truth, token_truth, token_teacher = matched.split([K, P - K, len(matched) - P])
-
-    terms, share_of_truth, rest = {}, 1.0, (norm, no_object)
+    if by is None:
+        logits, _ = next(iter(output.answers().values()))
+        by = divisors(count_targets(target_mask, logits.shape[1], no_object))
+    terms = {}
+    w_dt = 0.0
+    if decoder is not None or token_on_teacher is not None:
+        teacher = (output.decoder_logits, output.decoder_boxes)  # (K, B, Q, 2), (K, B, Q, 4)
+        matched = match(*teacher, targets, target_mask)  # (K, B, Q)
     if decoder is not None:
-        terms["decoder"] = decoder * detection_loss(*branches["decoder"], candidates, decoder_truth, *rest)
+        loss = detection_loss(*teacher, targets, matched, by, no_object)
+        terms["decoder"] = decoder * loss
+    if token_on_truth is not None or token_on_teacher is not None:
+        student = output.token_logits[None], output.token_boxes[None]  # (1, B, Q, 2 or 4)
     if token_on_teacher is not None:
-        w_dt = teacher_weight(output.decoder_logits[-1], output.decoder_boxes[-1], candidates, decoder_truth[-1])
-        loss = detection_loss(*branches["token"], candidates, token_teacher, *rest)
-        terms["token_on_teacher"], share_of_truth = token_on_teacher * w_dt * loss, 1 - w_dt
+        w_dt = teacher_weight(
+            output.decoder_logits[-1:], output.decoder_boxes[-1:], targets, matched[-1:]
+        )
+        terms["teacher_weight"] = w_dt
+        # For the student, the boxes of the last decoder layer's queries that have a target are the
+        # truth. It is matched to them anew: query j of one is not tied to query j of the other.
+        boxes = output.decoder_boxes[-1].detach()  # (B, Q, 4)
+        is_taught = matched[-1] >= 0  # (B, Q)
+        matched_to_teacher = match(*student, boxes, is_taught)  # (1, B, Q)
+        loss = detection_loss(*student, boxes, matched_to_teacher, by, no_object)
+        terms["token_on_teacher"] = token_on_teacher * w_dt * loss
     if token_on_truth is not None:
-        loss = detection_loss(*branches["token"], candidates, token_truth, *rest)
-        terms["token_on_truth"] = token_on_truth * share_of_truth * loss
-    terms["total"] = sum(terms.values())
-    return terms if token_on_teacher is None else {**terms, "teacher_weight": w_dt}
+        matched_to_truth = match(*student, targets, target_mask)  # (1, B, Q)
+        loss = detection_loss(*student, targets, matched_to_truth, by, no_object)
+        terms["token_on_truth"] = token_on_truth * (1 - w_dt) * loss
+    terms["total"] = sum(value for name, value in terms.items() if name != "teacher_weight")
+    return terms
 
 
 def global_sum(counts: Tensor) -> Tensor:
@@ -160,61 +218,80 @@ def global_sum(counts: Tensor) -> Tensor:
 
 
 def count_targets(target_mask: Tensor, queries: int, no_object: float) -> Tensor:
-    """(2,): the number of targets, and the sum of the class weights over all queries. No prediction is needed."""
+    """target_mask (B, M) -> (2,): the number of targets, the sum of the class weights.
+
+    No prediction is needed, so the batches of a step can be counted before they are computed.
+    """
     counts = target_mask.sum(1)  # (B,)
-    matched = counts.clamp(max=queries).sum()  # as many queries get a target
-    return torch.stack([counts.sum().float(), matched + no_object * (len(target_mask) * queries - matched)])
+    matched = counts.clamp(max=queries).sum()  # a query is matched to one target only
+    unmatched = len(target_mask) * queries - matched
+    return torch.stack([counts.sum().float(), matched + no_object * unmatched])
 
 
-def step_normalisers(counts: Tensor) -> Tensor:
-    """`count_targets` of all ranks, at least one target, divided by the world size, because DDP averages gradients."""
-    targets, weights = global_sum(counts)
-    return torch.stack([targets.clamp(min=1), weights]) / (dist.get_world_size() if dist.is_initialized() else 1)
+def divisors(counts: Tensor) -> Divisors:
+    """The sum of `count_targets` over a rank's batches of a step -> the divisors of its loss.
 
-
-# -------------------------------------------------------------- scipy's linear_sum_assignment, without scipy
+    Each rank divides by count / world: DDP then averages over the ranks, which multiplies by
+    1 / world, and the sum over all ranks has been divided by count. The teacher's term has the same
+    divisors; the official code counts the teacher's boxes there, which are fewer only where an
+    example has more targets than queries.
+    """
+    targets, class_weights = global_sum(counts)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    # without any target the sums are 0, and so is the loss
+    return Divisors(targets.clamp(min=1) / world, class_weights.clamp(min=EPS) / world)
 
 
 def assign(cost: Tensor | Sequence[Sequence[float]]) -> tuple[list[int], list[int]]:
-    """Exact minimum-cost assignment: cost (N, M) -> min(N, M) pairs as (rows, cols), rows ascending. ValueError if a
-    cost is not finite. Shortest augmenting paths (Jonker and Volgenant), O(min(N, M)^2 max(N, M))."""
-    matrix = cost.tolist() if isinstance(cost, Tensor) else [list(row) for row in cost]
-    if not all(math.isfinite(value) for row in matrix for value in row):
-        raise ValueError("a matching cost is not finite: some predicted or target box is NaN or infinite")
-    if not matrix or not matrix[0]:
+    """The cheapest assignment: cost (N, M) -> min(N, M) pairs as (rows, cols), rows ascending.
+
+    The same as scipy's linear_sum_assignment, which would be one more package. The method is that
+    of shortest augmenting paths (Jonker and Volgenant), O(min(N, M)^2 max(N, M)). Every row and
+    column has a price such that cost - row price - column price >= 0, with equality for pairs that
+    are assigned. A new row looks for the cheapest chain of swaps that ends at a free column, as
+    Dijkstra would; then the prices are moved so that the chain costs nothing, and its pairs are
+    swapped.
+    """
+    if isinstance(cost, Tensor):
+        cost = cost.tolist()
+    if not cost or not cost[0]:
         return [], []
-    rows_are_fewer = len(matrix) <= len(matrix[0])  # the search wants the short side as its rows
-    short = matrix if rows_are_fewer else [list(column) for column in zip(*matrix, strict=True)]
-    pairs = [(i, j) if rows_are_fewer else (j, i) for i, j in enumerate(_assign_rows(short))]
-    return [row for row, _ in sorted(pairs)], [col for _, col in sorted(pairs)]
+    n = len(cost)
+    m = len(cost[0])
+    if n > m:  # the search wants the short side as its rows
+        transposed = [list(column) for column in zip(*cost, strict=True)]
+        cols, rows = assign(transposed)
+        pairs = sorted(zip(rows, cols, strict=True))
+        rows = [row for row, _ in pairs]
+        cols = [col for _, col in pairs]
+        return rows, cols
 
-
-def _assign_rows(cost: list[list[float]]) -> list[int]:
-    """The column of each row, for at most as many rows as columns."""
-    n, m = len(cost), len(cost[0])
-    row_potential, col_potential = [0.0] * n, [0.0] * m
-    owner = [-1] * m  # the row that holds a column
+    row_price = [0.0] * n
+    col_price = [0.0] * (m + 1)
+    owner = [-1] * (m + 1)  # the row that holds a column, -1: none; column m holds the new row
     for start in range(n):
-        distance, reached_from, done = [math.inf] * m, [-1] * m, [False] * m
-        row, col, base = start, -1, 0.0
-        while row >= 0:  # grow the tree of shortest paths until it reaches a free column
-            nearest = -1
-            for j in (j for j in range(m) if not done[j]):
-                reach = base + cost[row][j] - row_potential[row] - col_potential[j]
-                if reach < distance[j]:
-                    distance[j], reached_from[j] = reach, col
-                if nearest < 0 or distance[j] < distance[nearest]:
-                    nearest = j
-            col, base = nearest, distance[nearest]
+        owner[m] = start
+        # Grow the tree of shortest paths from column m until it reaches a free column.
+        distance = [math.inf] * m + [0.0]
+        previous = [m] * (m + 1)  # the column before this one on the path
+        done = [False] * (m + 1)
+        col = m
+        while owner[col] >= 0:
             done[col] = True
-            row = owner[col]  # -1: the column is free
-        for j in (j for j in range(m) if done[j]):  # keep all reduced costs at zero or above
-            if owner[j] >= 0:
-                row_potential[owner[j]] += base - distance[j]
-            col_potential[j] -= base - distance[j]
-        row_potential[start] += base
-        while col >= 0:  # flip the path: each column on it goes to the row it was reached from
-            previous = reached_from[col]
-            owner[col] = owner[previous] if previous >= 0 else start
-            col = previous
-    return [owner.index(row) for row in range(n)]
+            row = owner[col]
+            for j in range(m):
+                reach = distance[col] + cost[row][j] - row_price[row] - col_price[j]
+                if not done[j] and reach < distance[j]:
+                    distance[j] = reach
+                    previous[j] = col
+            col = min((j for j in range(m) if not done[j]), key=distance.__getitem__)
+        # Move the prices.
+        for j in range(m + 1):
+            if done[j]:
+                row_price[owner[j]] += distance[col] - distance[j]
+                col_price[j] -= distance[col] - distance[j]
+        # Swap along the path: each column gets the row of the column before it.
+        while col != m:
+            owner[col] = owner[previous[col]]
+            col = previous[col]
+    return list(range(n)), [owner.index(row) for row in range(n)]

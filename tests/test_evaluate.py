@@ -1,599 +1,350 @@
-"""evaluate.py: each expression counts once, and one phrase in one image gives a box in its pixels."""
+"""evaluate.py: each expression counts once, and boxes lie in pixels of the picture asked about."""
 
 import json
-import pickle
-import shutil
-import warnings
+from dataclasses import asdict
+from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torchvision.ops import box_iou
+from PIL import Image, ImageOps
 
 import data
 import evaluate
 import model as models
-from conftest import official_model, program, tiny_model
-
-
-def row(boxes: int, kind: str = "") -> data.Example:
-    box = (10.0, 10.0, 20.0, 20.0)
-    return data.Example("a.jpg", "x", (box,) * boxes, (100, 100), kind, "rows:1")
-
-
-def result(correct: bool) -> dict:
-    return {"correct": correct}
-
-
-def test_accuracy_is_a_share_of_expressions_and_n_acc_of_those_without_a_target():
-    found = [{"decoder": result(c), "token": result(not c)} for c in (True, True, False, True)]
-    rows = [row(0), row(1), row(0), row(2)]
-    assert evaluate.summary(found, rows, grec=True) == {
-        **{"n": 4, "n_none": 2, "decoder_f1": 0.75, "decoder_nacc": 0.5, "token_f1": 0.25, "token_nacc": 0.5}
-    }
-    assert evaluate.summary(found, rows, grec=False) == {"n": 4, "decoder_acc": 0.75, "token_acc": 0.25}
-
-
-def test_kinds_and_target_counts_are_reported_apart():
-    found = [{"token": result(c)} for c in (True, False, True)]
-    kinds = evaluate.by_kind(found, [row(1, "a"), row(1, "b"), row(0, "a")])
-    assert kinds["a"] == {"n": 2, "token": 1.0} and kinds["b"]["token"] == 0.0
-    assert kinds["no target"]["n"] == 1 and kinds["one target"]["n"] == 2
-
-
-def test_a_no_target_expression_is_right_only_when_nothing_is_answered():
-    box, none = torch.tensor([[0.0, 0, 10, 10]]), torch.empty(0, 4)
-    assert evaluate.grec_correct(torch.tensor([0.2]), box, none)
-    assert not evaluate.grec_correct(torch.tensor([0.9]), box, none)
-    assert not evaluate.grec_correct(torch.tensor([0.2]), box, box)
-
-
-def test_one_box_too_many_or_too_few_is_wrong():
-    boxes = torch.tensor([[0.0, 0, 10, 10], [50, 50, 60, 60]])
-    assert evaluate.grec_correct(torch.tensor([0.9, 0.9]), boxes, boxes.flip(0))
-    assert not evaluate.grec_correct(torch.tensor([0.9, 0.9]), boxes, boxes[:1])
-    assert not evaluate.grec_correct(torch.tensor([0.9, 0.1]), boxes, boxes)
-
-
-def test_the_mean_box_is_that_of_the_training_rows():
-    assert evaluate.mean_box_accuracy([row(1)], [row(1), row(1)]) == 1.0
-    assert evaluate.mean_box_accuracy([row(1)], [data.Example("b", "y", ((70.0, 70, 5, 5),), (100, 100), "", "")]) == 0
-
-
-def test_evaluating_puts_the_model_back_into_the_mode_it_was_in(shapes):
-    rows = [(each,) for each in data.expand(data.read_rows(shapes_section(shapes), "val"))][:4]
-    collate = data.Collate(data.Tokenizer(shapes / "data/shapes/shapes.spm"), 10)
-    model = tiny_model().train()
-    found = evaluate.evaluate_dataset(model, data.Dataset(rows, 32), collate)
-    assert model.training and len(found) == 4 and {"decoder", "token"} <= set(found[0])
-
-
-def shapes_section(shapes):
-    return {
-        "annotations": f"{shapes}/data/shapes/{{split}}.jsonl",
-        "images": f"{shapes}/data/shapes/images",
-        "sources": {},
-    }
-
-
-def test_grounding_answers_in_pixels_of_the_original_image(shapes):
-    tokenizer = data.Tokenizer(shapes / "data/shapes/shapes.spm")
-    image = torch.randint(0, 256, (3, 80, 200), dtype=torch.uint8)
-    ((boxes, scores, _),) = evaluate.ground(tiny_model(), image, ["the red circle"], tokenizer)
-    assert boxes.shape == (1, 4) and scores.shape == (1,)
-    assert (boxes >= 0).all() and (boxes <= torch.tensor([200, 80, 200, 80])).all()
-    ((many, *_),) = evaluate.ground(tiny_model(queries=6), image, ["the red circle"], tokenizer, threshold=0.0)
-    ((none, *_),) = evaluate.ground(tiny_model(queries=6), image, ["the red circle"], tokenizer, threshold=1.0)
-    assert len(many) == 6 and len(none) == 0
-
-
-@pytest.mark.parametrize("branch", ["decoder", "token"])
-def test_several_phrases_at_once_are_answered_as_one_by_one(branch, shapes):
-    tokenizer, texts = data.Tokenizer(shapes / "data/shapes/shapes.spm"), ["the red circle", "the leftmost ring", "a"]
-    image = torch.randint(0, 256, (3, 80, 200), dtype=torch.uint8)
-    for text, (boxes, scores, _) in zip(
-        texts, evaluate.ground(tiny_model(), image, texts, tokenizer, branch), strict=True
-    ):
-        ((alone, score, _),) = evaluate.ground(tiny_model(), image, [text], tokenizer, branch)
-        torch.testing.assert_close(boxes, alone, atol=1e-3, rtol=0)
-        torch.testing.assert_close(scores, score, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("small", [True, False])
-def test_an_image_is_read_once_for_its_expressions_and_in_a_small_set_only_once(shapes, monkeypatch, small):
-    rows = [(each,) for each in data.expand(data.read_rows(shapes_section(shapes), "val"))]
-    collate, read, usual = data.Collate(data.Tokenizer(shapes / "data/shapes/shapes.spm"), 10), [], data.read_image
-    monkeypatch.setattr(data, "read_image", lambda path, *rest: read.append(path) or usual(path, *rest))
-    dataset, images = data.Dataset(rows, 32), {example.image for (example,) in rows}
-    dataset.bytes_per_image = usual(rows[0][0].image).nbytes if small else 0
-    together = evaluate.evaluate_dataset(tiny_model(), dataset, collate, batch_size=len(rows))
-    assert sorted(read) == sorted(images)
-    assert len(dataset.images) == (len(images) if small else 1)
-    evaluate.evaluate_dataset(tiny_model(), dataset, collate, batch_size=len(rows))
-    assert len(read) == len(images) * (1 if small else 2)
-    alone = evaluate.evaluate_dataset(tiny_model(), data.Dataset(rows, 32), collate, batch_size=1)
-    for one, other in zip(together, alone, strict=True):
-        assert one["expression"] == other["expression"] and one["truth"] == other["truth"]
-        assert one["token"]["boxes"][0] == pytest.approx(other["token"]["boxes"][0], abs=0.02)
-
-
-def test_where_memory_runs_out_evaluation_goes_on_with_half_the_batch(shapes, monkeypatch):
-    rows = [(each,) for each in data.expand(data.read_rows(shapes_section(shapes), "val"))][:21]
-    collate = data.Collate(data.Tokenizer(shapes / "data/shapes/shapes.spm"), 10)
-    dataset, sizes, whole = data.Dataset(rows, 32), [], models.SimVG.forward
-
-    def tight(model, images, *rest):
-        sizes.append(len(images))
-        if len(images) > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(model, images, *rest)
-
-    expected = evaluate.evaluate_dataset(tiny_model(), dataset, collate)
-    monkeypatch.setattr(models.SimVG, "forward", tight)
-    found = evaluate.evaluate_dataset(tiny_model(), dataset, collate, batch_size=16)
-    assert sizes == [16, 8, 4, 4, 8, 4, 4, 5]
-    assert [r["token"]["correct"] for r in found] == [r["token"]["correct"] for r in expected]
-
-
-def test_one_image_and_phrase_print_box_and_score_and_save_a_picture(shapes, trained):
-    image = "data/shapes/images/val_00000.jpg"
-    done = program(
-        *("evaluate.py", "--ckpt", "runs/trained/best.pt", "--image", image, "--text", "the red circle"),
-        *("--save", "out.png"),
-        cwd=shapes,
-    )
-    assert (
-        "token: 'the red circle' box" in done.stdout
-        and "decoder: 'the red circle' box" in done.stdout
-        and "score" in done.stdout
-    )
-    with Image.open(shapes / "out.png") as picture:
-        assert min(picture.size) >= 240
-
-
-def test_the_printed_figures_are_those_of_the_last_training_rows(shapes, trained):
-    printed = program("evaluate.py", "--ckpt", "runs/trained/best.pt", "--split", "test", cwd=shapes).stdout
-    figures = json.loads(printed.splitlines()[-1])
-    logged = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    for name in ("n", "decoder_acc", "token_acc"):
-        assert figures[name] == pytest.approx(logged[name], abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (("--ckpt", "nothing.pt"), "nothing.pt"),
-        (("--ckpt", "configs.json"), "configs.json"),
-        (("--ckpt", "runs/trained/best.pt", "--split", "tset"), "tset"),
-        (("--ckpt", "runs/trained/best.pt", "--set", "data.tokenizer=none.spm"), "none.spm"),
-        (("--ckpt", "runs/trained/best.pt", "--image", "none.jpg", "--text", "the star"), "none.jpg"),
-        (("--ckpt", "runs/trained/best.pt", "--image", "configs.json", "--text", "the star"), "configs.json"),
-        (("--ckpt", "runs/trained/best.pt", "--image", "data/shapes/images/val_00000.jpg", "--text", " ?! "), "--text"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(arguments, expected, shapes, trained):
-    before = sorted(p.name for p in shapes.iterdir())
-    done = program("evaluate.py", *arguments, cwd=shapes, status=2)
-    assert expected in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert sorted(p.name for p in shapes.iterdir()) == before
-
-
-def test_a_result_that_is_sent_to_other_ranks_does_not_carry_its_whole_batch():
-    found = evaluate.pick_answers(torch.zeros(64, 1, 2), torch.full((64, 1, 4), 0.5))
-    lines = [evaluate.record(row(1), {"token": each}, (100, 100), grec=False) for each in found]
-    assert len(pickle.dumps(lines)) / 64 < 1000
-
-
-# ---- nothing silently wrong
-
-
-def evaluated(shapes, monkeypatch, *arguments: str) -> None:
-    """evaluate.py in this process."""
-    monkeypatch.chdir(shapes)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "--ckpt", "runs/trained/best.pt", *arguments])
-    evaluate.main()
-
-
-PHOTO = ("--image", "data/shapes/images/val_00000.jpg", "--text", "the red circle")
-
-
-@pytest.mark.parametrize("use", [(), PHOTO, ("--attention",), (*PHOTO, "--attention")], ids=str)
-def test_a_tokenizer_of_another_set_is_refused_in_whatever_way_a_checkpoint_is_used(use, shapes, trained, monkeypatch):
-    with pytest.raises(data.InputError, match="shapes-grec/shapes.spm: is not the tokenizer that this model"):
-        evaluated(shapes, monkeypatch, *use, "--set", "data.tokenizer=data/shapes-grec/shapes.spm")
-
-
-def test_grounding_refuses_a_tokenizer_that_is_not_the_checkpoint_s(shapes, trained):
-    model, image = models.load(trained / "best.pt"), torch.zeros(3, 8, 8, dtype=torch.uint8)
-    evaluate.ground(model, image, ["the red circle"], data.Tokenizer(shapes / "data/shapes/shapes.spm"))
-    with pytest.raises(data.InputError, match="is not the tokenizer"):
-        evaluate.ground(model, image, ["the red circle"], data.Tokenizer(shapes / "data/shapes-grec/shapes.spm"))
-
-
-def test_a_checkpoint_without_a_digest_works_with_every_tokenizer_as_before(shapes, trained, tmp_path):
-    state = models.read_checkpoint(trained / "best.pt")
-    assert state.pop("tokenizer") == data.Tokenizer(shapes / "data/shapes/shapes.spm").digest
-    models.save(tmp_path / "old.pt", state)
-    model = models.load(tmp_path / "old.pt")
-    image, tokenizer = torch.zeros(3, 8, 8, dtype=torch.uint8), data.Tokenizer(shapes / "data/shapes-grec/shapes.spm")
-    assert len(evaluate.ground(model, image, ["the red circle"], tokenizer)) == 1
-
-
-LONG_PHRASE = "the red circle left of the blue ring above the green star and the cross"
-
-
-def test_grounding_cuts_a_phrase_where_the_training_did_and_warns_of_it(shapes, trained):
-    model, tokenizer = models.load(trained / "best.pt"), data.Tokenizer(shapes / "data/shapes/shapes.spm")
-    image = torch.randint(0, 256, (3, 80, 200), dtype=torch.uint8)
-    with pytest.warns(UserWarning, match="was cut") as said:
-        ((own, *_),) = evaluate.ground(model, image, [LONG_PHRASE], tokenizer)
-        ((ten, *_),) = evaluate.ground(model, image, [LONG_PHRASE], tokenizer, max_tokens=10)
-    assert model.max_tokens == 10 and torch.equal(own, ten)
-    assert all("\n" not in str(each.message) for each in said)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ((long, *_),) = evaluate.ground(model, image, [LONG_PHRASE], tokenizer, max_tokens=60)
-    assert not torch.equal(own, long)
-
-
-def test_the_command_line_says_in_one_line_where_a_phrase_was_cut(shapes, trained, tmp_path):
-    done = program(
-        *("evaluate.py", "--ckpt", "runs/trained/best.pt", *PHOTO[:3], LONG_PHRASE, "--save", str(tmp_path / "a.png")),
-        cwd=shapes,
-    )
-    assert done.stderr.startswith("evaluate.py: 'the red circle left of") and done.stderr.count("\n") == 1
-
-
-def test_grounding_takes_no_image_of_other_numbers_and_no_text_for_a_list_of_phrases(shapes):
-    tokenizer, pixels = data.Tokenizer(shapes / "data/shapes/shapes.spm"), torch.zeros(3, 8, 8, dtype=torch.uint8)
-    for image in (torch.rand(3, 8, 8), torch.zeros(8, 8, dtype=torch.uint8), pixels[None]):
-        with pytest.raises(data.InputError, match=r"\(3, H, W\) uint8"):
-            evaluate.ground(tiny_model(), image, ["the red circle"], tokenizer)
-    with pytest.raises(data.InputError, match="a list of phrases"):
-        evaluate.ground(tiny_model(), pixels, "the red circle", tokenizer)
-
-
-def test_a_kind_named_like_a_number_of_targets_keeps_a_line_of_its_own():
-    found = [{"token": result(c)} for c in (True, False, True)]
-    kinds = evaluate.by_kind(found, [row(1, "one target"), row(1, "b"), row(0, "one target")])
-    assert kinds["'one target'"] == {"n": 2, "token": 1.0} and kinds["one target"] == {"n": 2, "token": 0.5}
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        "--save a.xyz",
-        "--save .",
-        "--save a",
-        "--save nowhere/a.png",
-        "--report a.png",
-        "--report .",
-        "--report no/a.html",
-    ],
-)
-def test_a_file_that_could_not_be_written_is_refused_before_the_work(option, shapes, trained, monkeypatch, capsys):
-    monkeypatch.setattr(models, "read_checkpoint", None)  # no work has begun
-    with pytest.raises(SystemExit, match="2"):
-        evaluated(shapes, monkeypatch, *option.split(), *(PHOTO if "save" in option else ()))
-    assert f"error: {option}: expected" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("use", [[], ["--attention", "--split", "test"]])
-def test_a_picture_that_nothing_would_be_drawn_to_is_refused(use, shapes, trained, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        evaluated(shapes, monkeypatch, *use, "--save", "a.png")
-    assert "--save goes with --image" in capsys.readouterr().err
-
-
-def test_world_size_without_the_other_variables_of_torchrun_is_one_line(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(data.InputError, match="WORLD_SIZE is 2, but there is no RANK, MASTER_ADDR, MASTER_PORT"):
-        evaluate.join_ranks()
-
-
-# ---- agreement of the branches
-
-
-def found(*boxes: list) -> tuple:
-    return torch.full((len(boxes),), 0.9), torch.tensor(boxes).reshape(-1, 4)
-
-
-def test_agreement_is_the_iou_of_two_boxes_and_in_grec_that_of_pairs_over_the_larger_number_of_boxes():
-    left, half, right = [0.0, 0.0, 0.4, 0.4], [0.0, 0.0, 0.4, 0.2], [0.6, 0.6, 0.9, 0.9]
-    assert evaluate.agreement({"decoder": found(left), "token": found(half)}) == pytest.approx(0.5)
-    assert evaluate.agreement({"decoder": found(left, right), "token": found(right, half)}) == pytest.approx(0.75)
-    assert evaluate.agreement({"decoder": found(left, right), "token": found(right)}) == pytest.approx(0.5)
-    assert evaluate.agreement({"decoder": found(left), "token": found()}) == 0
-    assert evaluate.agreement({"decoder": found(), "token": found()}) == 1
-    assert evaluate.agreement({"token": found(left)}) is None
-
-
-def test_the_table_of_agreement_states_sizes_shares_and_how_well_it_tells_right_from_wrong():
-    agreements, right = (0.95, 0.7, 0.7, 0.2), (True, True, False, False)
-    lines = [
-        {"agreement": a, "decoder": result(r), "token": result(not r)} for a, r in zip(agreements, right, strict=True)
-    ]
-    assert evaluate.by_agreement(lines) == {
-        "agree >= 0.9   25%": {"n": 1, "decoder": 1.0, "token": 0.0},
-        "agree 0.5-0.9  50%": {"n": 2, "decoder": 0.5, "token": 0.5},
-        "agree < 0.5    25%": {"n": 1, "decoder": 0.0, "token": 1.0},
-        # of four pairs three are in order and one is a tie
-        "AUROC of agreement": {"n": 4, "decoder": 0.875, "token": 0.125},
-    }
-    assert evaluate.by_agreement([{"agreement": None, "token": result(True)}]) == {}
-
-
-def test_the_line_of_a_model_that_diverged_is_valid_json():
-    nothing = torch.full((1,), torch.nan), torch.full((1, 4), torch.nan)
-    line = evaluate.record(row(1), {"decoder": nothing, "token": nothing}, (100, 100), grec=False)
-    assert json.loads(json.dumps(line, allow_nan=False)) == line
-    assert line["token"] == {"boxes": [[0.0] * 4], "scores": [0.0], "iou": 0.0, "correct": False}
-
-
-# ---- ground(): every kind of image
-
-
-def test_every_kind_of_input_for_a_picture_gives_the_same_answer(shapes, trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(shapes)
-    model, tokenizer = evaluate.load(trained / "best.pt")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    path = tmp_path / "a.jpg"
-    noise = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((200, 150)).save(path, exif=exif)
-    pixels = data.read_image(str(path))  # (3, H, W)
-    assert pixels.shape == (3, 200, 150)
-    array = pixels.permute(1, 2, 0).contiguous().numpy()  # (H, W, 3)
-    kinds = [str(path), path, Image.open(path), Image.fromarray(array), array, np.asfortranarray(array)]
-    kinds += [array[:, :, ::-1].copy()[:, :, ::-1], pixels, pixels.contiguous()]
-    several = evaluate.ground(model, kinds, ["the red circle", "a ring"], tokenizer)
-    for answers in several:
-        for one, first in zip(answers, several[0], strict=True):
-            assert torch.equal(one.boxes, first.boxes) and torch.equal(one.scores, first.scores)
-            assert one.agreement == first.agreement
-
-
-def test_a_grey_or_transparent_pil_image_is_read_like_its_file(shapes, tmp_path):
-    tokenizer, model = data.Tokenizer(shapes / "data/shapes/shapes.spm"), tiny_model()
-    for mode in ("L", "RGBA", "P", "I;16", "1"):
-        Image.effect_noise((60, 40), 90).convert(mode).save(tmp_path / "a.png")
-        images = [tmp_path / "a.png", Image.open(tmp_path / "a.png")]
-        (first,), (second,) = evaluate.ground(model, images, ["the red circle"], tokenizer)
-        assert torch.equal(first.boxes, second.boxes), mode
-
-
-@pytest.mark.parametrize(
-    "image",
-    [
-        np.zeros((8, 8, 3)),
-        np.zeros((3, 8, 8), dtype=np.uint8),
-        np.zeros((8, 8), dtype=np.uint8),
-        np.zeros((0, 8, 3), dtype=np.uint8),
-        torch.zeros(8, 8, 3, dtype=torch.uint8),
-        torch.zeros(3, 8, 8),
-        None,
-        7,
-        b"a.jpg",
-    ],
-    ids=lambda image: f"{type(image).__name__}-{getattr(image, 'shape', '')}",
-)
-def test_what_is_no_image_is_refused_in_one_line(image, shapes):
-    tokenizer = data.Tokenizer(shapes / "data/shapes/shapes.spm")
-    with pytest.raises(data.InputError, match=r"a path, a PIL image, an array \(H, W, 3\) uint8 or a tensor"):
-        evaluate.ground(tiny_model(), image, ["the red circle"], tokenizer)
-
-
-def test_where_both_branches_were_trained_the_answer_tells_how_far_they_agree(shapes, trained, monkeypatch):
-    monkeypatch.chdir(shapes)
-    model, tokenizer = evaluate.load(trained / "best.pt")
-    image = shapes / "data/shapes/images/val_00000.jpg"
-    (token,) = evaluate.ground(model, image, ["the red circle"], tokenizer)
-    (decoder,) = evaluate.ground(model, image, ["the red circle"], tokenizer, "decoder")
-    assert not torch.equal(token.boxes, decoder.boxes)
-    assert token.agreement == decoder.agreement == pytest.approx(box_iou(token.boxes, decoder.boxes).item(), abs=1e-5)
-    (alone,) = evaluate.ground(tiny_model(), image, ["the red circle"], tokenizer)  # nothing says what was trained
-    assert alone.agreement is None
-    model.config["train"] |= {"loss_decoder": None, "loss_token_on_teacher": None}
-    (alone,) = evaluate.ground(model, image, ["the red circle"], tokenizer)
-    assert alone.agreement is None
-    with pytest.raises(data.InputError, match="branch='decoder': of this checkpoint only the token branch was trained"):
-        evaluate.ground(model, image, ["the red circle"], tokenizer, "decoder")
-
-
-def test_load_refuses_a_checkpoint_without_its_tokenizer(shapes, trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(data.InputError, match=r"data/shapes/shapes.spm: there is no such tokenizer"):
-        evaluate.load(trained / "best.pt")
-    (tmp_path / "data/shapes").mkdir(parents=True)
-    shutil.copy(shapes / "data/shapes-grec/shapes.spm", tmp_path / "data/shapes")
-    with pytest.raises(data.InputError, match="is not the tokenizer that this model was trained with"):
-        evaluate.load(trained / "best.pt")
-    official = official_model(tmp_path)
-    monkeypatch.setattr(models, "load", lambda *_: official)
-    with pytest.raises(data.InputError, match="an official checkpoint names no tokenizer"):
-        evaluate.load(tmp_path / "official.pth")
-
-
-# ---- answers into a file
+from conftest import call, metrics, official_model, program, tiny_model
+
+A, HALF, LESS = [0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 5.0], [0.0, 0.0, 10.0, 4.99]
+FAR, ACROSS = [50.0, 50.0, 60.0, 60.0], [1.65, 1.65, 11.65, 11.65]  # GIoU of A and ACROSS: 0.495
+NASTY = """</figcaption><script>alert(1)</script><img src="x"> the "left" & 'right' dog"""
+PHOTOS = ("a.jpg", "cut.jpg", "\u5de6 hand.jpg", "gone.jpg")  # the Chinese word for left
+PHRASES = ("the red circle", "the \u5de6 ring")
+
+
+def picture(path: Path, **options) -> str:
+    noise = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((200, 80)).save(path, **options)
+    return str(path)
+
+
+def answering(score: float = 0.9, **changes) -> models.SimVG:
+    """A model that always finds (60, 16, 140, 64) and (80, 16, 120, 64) in such a picture."""
+    model = tiny_model(**changes)
+    for branch, width in ((model.decoder_branch, 0.4), (model.token_branch, 0.2)):
+        branch.box_head[-1].weight.data.zero_()
+        branch.box_head[-1].bias.data = torch.tensor([0.5, 0.5, width, 0.6]).logit()
+        branch.class_head.weight.data.zero_()
+        branch.class_head.bias.data = torch.tensor([score, 1 - score]).log()
+    return model
+
+
+def keep(path: Path, model: models.SimVG, trained: Path, *settings: str, branch="both") -> Path:
+    """Write a model as if it came from the run in the folder `trained`, with other settings."""
+    state = models.read(trained / "best.pt").state
+    state["config"]["model"] = asdict(model.config)
+    data.override(state["config"], settings)
+    models.save(path, state | {"model": model.state_dict(), "branch": branch})
+    return path
 
 
 def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
-def answers(shapes, trained) -> Path:
-    """The answers to a split by one rank."""
-    line = ("evaluate.py", "--ckpt", "runs/trained/best.pt", "--split", "val")
-    plain = program(*line, cwd=shapes).stdout
-    assert program(*line, "--answers", "one.jsonl", cwd=shapes).stdout == plain, "the file changes no figure"
-    return shapes / "one.jsonl"
+def collate(toys) -> data.Collate:
+    return data.Collate(data.Tokenizer(toys / "data/toys/toys.spm"), 10)
 
 
-def test_every_expression_gets_a_line_with_boxes_in_pixels_and_what_is_right(answers, shapes):
-    examples = data.expand(data.read_rows(shapes_section(shapes), "val"))
-    lines = lines_of(answers)
-    assert [(each["image"], each["expression"]) for each in lines] == [
-        (Path(e.image).name, e.expression) for e in examples
-    ]
-    for line, example in zip(lines, examples, strict=True):
-        x, y, w, h = example.boxes[0]
-        assert line["truth"] == [pytest.approx([x, y, x + w, y + h], abs=1.01)]  # clipped to the last pixel
-        boxes = torch.tensor([line[branch]["boxes"][0] for branch in ("decoder", "token")])
-        assert line["agreement"] == pytest.approx(box_iou(boxes[:1], boxes[1:]).item(), abs=1e-3)
-        for branch in ("decoder", "token"):
-            iou = box_iou(torch.tensor(line["truth"]), torch.tensor(line[branch]["boxes"])).item()
-            assert line[branch]["iou"] == pytest.approx(iou, abs=1e-3) and len(line[branch]["scores"]) == 1
-            assert line[branch]["correct"] == (line[branch]["iou"] >= 0.5)
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_any_number_of_ranks_writes_the_same_bytes(ranks, answers, shapes):
-    line = ("--ckpt", "runs/trained/best.pt", "--split", "val", "--answers", f"{ranks}.jsonl")
-    done = program("evaluate.py", *line, cwd=shapes, ranks=ranks)
-    assert (shapes / f"{ranks}.jsonl").read_bytes() == answers.read_bytes() and '"split": "val"' in done.stdout
-
-
-def test_a_stopped_run_keeps_its_batches_and_goes_on_to_the_same_bytes(answers, shapes, trained, monkeypatch):
-    usual, calls, file = evaluate.find, [], shapes / "stopped.jsonl"
-
-    def stopping(*arguments):
-        if len(calls) % 2 == 1:
-            calls.append("stop")
-            raise KeyboardInterrupt
-        calls.append("batch")
-        return usual(*arguments)
-
-    monkeypatch.setattr(evaluate, "find", stopping)
-    use = ("--split", "val", "--answers", str(file))
-    for resume, batches in ((), 1), (("--resume",), 2):
-        with pytest.raises(KeyboardInterrupt):
-            evaluated(shapes, monkeypatch, *use, *resume)
-        assert len(file.read_text().splitlines()) == batches * evaluate.ANSWER_BATCH
-        with open(file, "a") as half:
-            half.write('{"image": "val_0')
-    monkeypatch.setattr(evaluate, "find", usual)
-    evaluated(shapes, monkeypatch, *use, "--resume")
-    assert file.read_bytes() == answers.read_bytes()
-    evaluated(shapes, monkeypatch, *use, "--resume")  # all is done
-    assert file.read_bytes() == answers.read_bytes()
-
-
-def test_a_file_that_answers_something_else_is_neither_overwritten_nor_continued(
-    answers, shapes, trained, monkeypatch, capsys
-):
-    before = answers.read_bytes()
-    with pytest.raises(SystemExit, match="2"):
-        evaluated(shapes, monkeypatch, "--split", "val", "--answers", str(answers))
-    assert "one.jsonl: exists" in capsys.readouterr().err
-    with pytest.raises(data.InputError, match="one.jsonl: line .* answers something else"):
-        evaluated(shapes, monkeypatch, "--split", "test", "--answers", str(answers), "--resume")
-    rows = shapes / "rows.jsonl"
-    shutil.copy(shapes / "data/shapes/val.jsonl", rows)
-    with pytest.raises(data.InputError, match="rows.jsonl: is not of the expected layout"):
-        evaluated(shapes, monkeypatch, "--split", "val", "--answers", str(rows), "--resume")
-    assert answers.read_bytes() == before and rows.read_bytes() == (shapes / "data/shapes/val.jsonl").read_bytes()
-
-
-def phrases(folder: Path, shapes: Path) -> Path:
-    """Rows without boxes about good, damaged and missing pictures in a folder, 36 expressions."""
-    folder.mkdir()
-    rows = []
-    for i in range(18):
-        shutil.copy(shapes / f"data/shapes/images/val_{i % 4:05d}.jpg", folder / f"{i}.jpg")
-        rows.append({"image": f"{i}.jpg", "expressions": ["the red circle", "the \u5de6 ring"]})
-    (folder / "3.jpg").write_bytes((folder / "3.jpg").read_bytes()[:700])
-    (folder / "17.jpg").unlink()
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "rows.jsonl"
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_rows_need_no_boxes_and_a_picture_that_cannot_be_read_is_an_error_in_its_lines(
-    ranks, shapes, trained, tmp_path
-):
-    rows, out = phrases(tmp_path / "photos", shapes), tmp_path / "out.jsonl"
-    line = ("--rows", str(rows), "--answers", str(out), "--set", f"data.images={tmp_path}/photos")
-    done = program("evaluate.py", "--ckpt", "runs/trained/best.pt", *line, cwd=shapes, ranks=ranks)
-    assert "4 of 36 expressions have no answer: " in done.stderr and "Traceback" not in done.stderr
-    lines = lines_of(out)
-    assert [each["image"] for each in lines] == [f"{i // 2}.jpg" for i in range(36)]
-    wrong = [each for each in lines if "error" in each]
-    assert [each["image"] for each in wrong] == ["3.jpg", "3.jpg", "17.jpg", "17.jpg"]
-    assert all(each.keys() == {"image", "expression", "error"} for each in wrong)
-    assert all(each.keys() == {"image", "expression", "decoder", "token", "agreement"} for each in lines[:6])
-    assert "Acc@0.5" not in done.stdout
-
-
-def test_training_and_evaluation_still_need_boxes(shapes, trained, tmp_path):
-    settings = {**shapes_section(shapes), "annotations": str(phrases(tmp_path / "photos", shapes))}
-    with pytest.raises(data.InputError, match='"image", "expressions" and "boxes"'):
-        data.read_rows(settings, "")
-
-
-def test_several_images_and_folders_are_asked_the_same_phrases(shapes, trained, tmp_path, monkeypatch, capsys):
-    folder, single = tmp_path / "photos", shapes / "data/shapes/images/val_00002.jpg"
-    folder.mkdir()
-    for i in (1, 0):
-        shutil.copy(shapes / f"data/shapes/images/val_{i:05d}.jpg", folder / f"{i}.JPG")
-    (folder / "notes.txt").write_text("no picture")
-    use = ("--image", str(single), str(folder), "--text", "the red circle", "a ring")
-    evaluated(shapes, monkeypatch, *use)
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 1 + 3 * 2 * 2 and printed[1].startswith(f"{single}: decoder: 'the red circle' box ")
-    assert all(", score " in line and ", agreement " in line for line in printed[1:])
-    evaluated(shapes, monkeypatch, *use, "--answers", str(tmp_path / "out.jsonl"))
-    names = [str(single), str(folder / "0.JPG"), str(folder / "1.JPG")]
-    assert [each["image"] for each in lines_of(tmp_path / "out.jsonl")] == [name for name in names for _ in range(2)]
-    assert "picture" not in capsys.readouterr().out and not list(tmp_path.glob("**/*.png"))
-    with pytest.raises(data.InputError, match="--save and --attention are for one image, not for 3"):
-        evaluated(shapes, monkeypatch, *use, "--save", str(tmp_path / "a.png"))
-    with pytest.raises(data.InputError, match="notes.txt"):
-        evaluated(shapes, monkeypatch, "--image", str(folder / "notes.txt"), str(single), "--text", "a ring")
-
-
-def test_one_branch_alone_is_answered_without_an_agreement(shapes, trained, tmp_path, monkeypatch, capsys):
-    evaluated(shapes, monkeypatch, "--split", "val", "--branch", "token", "--answers", str(tmp_path / "out.jsonl"))
-    assert all("decoder" not in each and each["agreement"] is None for each in lines_of(tmp_path / "out.jsonl"))
-    assert "AUROC" not in capsys.readouterr().out
-
-
-def test_the_threshold_decides_which_boxes_of_a_grec_model_are_answers(shapes):
-    section = {**shapes_section(shapes), "annotations": f"{shapes}/data/shapes-grec/{{split}}.jsonl"}
-    section["images"] = f"{shapes}/data/shapes-grec/images"
-    rows = [(each,) for each in data.expand(data.read_rows(section, "val"))][:9]
-    collate = data.Collate(data.Tokenizer(shapes / "data/shapes-grec/shapes.spm"), 10)
-    for threshold, count in ((0.0, 6), (1.0, 0)):
-        lines = evaluate.evaluate_dataset(tiny_model(queries=6), data.Dataset(rows, 32), collate, threshold=threshold)
-        assert all(len(line[branch]["boxes"]) == count for line in lines for branch in ("decoder", "token"))
-    assert [line["token"]["correct"] for line in lines] == [not example.boxes for (example,) in rows]
-    assert [line["token"]["iou"] for line in lines] == [float(not example.boxes) for (example,) in rows]
+@pytest.fixture
+def photos(tmp_path, trained) -> Path:
+    """Two pictures, one that is cut off behind its header, and rows without boxes about them."""
+    for name in PHOTOS[:3]:
+        picture(tmp_path / name)
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:700])
+    rows = [json.dumps({"image": name, "expressions": PHRASES}) for name in PHOTOS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    return tmp_path
 
 
 @pytest.mark.parametrize(
-    ("use", "expected"),
+    ("grec", "boxes", "truth", "correct", "iou"),
     [
-        ("--resume", "go with --answers"),
-        ("--rows a.jsonl", "go with --answers"),
-        ("--rows a.jsonl --split val --answers b.jsonl", "only one of --image, --rows and --split"),
-        ("--answers a.json", "expected a file name that ends in .jsonl"),
-        ("--answers a.jsonl --report a.html", "--answers goes without other files"),
-        ("--threshold 7", "expected a score from 0 to 1"),
+        (False, [HALF], [A], True, 0.5),
+        (False, [LESS], [A], False, 0.499),
+        (False, [A], [FAR, ACROSS], True, 0.5352),  # any of several true boxes will do
+        (True, [A, FAR], [FAR, A], True, 1.0),  # their scores of 0.3 were high enough before
+        (True, [A], [A, FAR], False, 0.5),
+        (True, [A, FAR], [A], False, 1.0),
+        (True, [A, A], [A, FAR], False, 0.5),  # one true box is not found twice
+        (True, [A, FAR], [A, A], False, 1.0),
+        (True, [A], [ACROSS], False, 0.5352),  # the generalised IoU counts
+        (True, [], [], True, 1.0),
+        (True, [A], [], False, 0.0),
     ],
 )
-def test_options_that_would_have_no_effect_are_refused(use, expected, shapes, trained, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        evaluated(shapes, monkeypatch, *use.split())
-    assert expected in capsys.readouterr().err
+def test_an_answer_is_held_against_the_true_boxes(grec, boxes, truth, correct, iou):
+    found, true = (torch.tensor(some).double().reshape(-1, 4) for some in (boxes, truth))
+    answer = evaluate.judge(torch.full((len(boxes),), 0.3), found, true, grec)
+    assert answer == dict(boxes=boxes, scores=[0.3] * len(boxes), correct=correct, iou=iou)
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda", "cuda:3", "mps", "cpu:0"])
-def test_a_device_that_is_not_there_is_one_line(name, shapes, trained, monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(data.InputError, match=r"no device .*; there are cpu \(0 GPUs\)"):
-        evaluate.join_ranks(name)
-    assert evaluate.join_ranks("cpu")[2] == torch.device("cpu")
+def test_rec_answers_with_its_one_box_and_grec_with_all_from_the_threshold_on_the_best_first():
+    logits = torch.tensor([[[5.0, -5.0]], [[-5.0, 5.0]]])
+    boxes = torch.tensor([0.05, 0.5, 0.4, 0.4])
+    (first, box), (second, _) = evaluate.pick_answers(logits, boxes.expand(2, 1, 4))
+    assert first.item() > 0.99 and second.item() < 0.01, "class 0 is the referred object"
+    assert box[0, 0] == 0 and box[0, 1:].tolist() == pytest.approx([0.3, 0.25, 0.7])
+    scores = torch.tensor([0.8, 0.95, 0.9, 0.3, 0.99, 0.99])
+    logits = torch.stack([scores, 1 - scores], -1).log()[None]
+    boxes = torch.tensor([[0.1 * i, 0.5, 0.1, 0.1] for i in range(1, 7)])
+    boxes[4, 2], boxes[5, 0] = 0, -0.5  # no answers: without a width, and outside of the image
+    for threshold, order in ((0.7, [1, 2, 0]), (0.2, [1, 2, 0, 3]), (1.0, [])):
+        ((found, their_boxes),) = evaluate.pick_answers(logits, boxes[None], threshold)
+        torch.testing.assert_close(found, scores[order])
+        torch.testing.assert_close(their_boxes[:, 2], boxes[order, 0] + 0.05)
+
+
+def test_a_score_just_below_the_threshold_is_no_answer_although_float32_cannot_tell():
+    below, box = torch.tensor([0.7]), torch.tensor([A])  # 0.69999999
+    assert evaluate.grec_correct(below, box, box[:0])
+    logits = torch.zeros(80, 2, 2)
+    logits[:, 0, 0] = torch.tensor(7 / 3).log() + torch.arange(-40, 40) * 1e-7
+    logits = logits[logits.softmax(-1)[:, 0, 0] == below]
+    answers = evaluate.pick_answers(logits, torch.full((len(logits), 2, 4), 0.5))
+    assert answers and not any(len(scores) for scores, _ in answers)
+
+
+def test_each_branch_gives_its_own_answer_and_the_decoder_that_of_its_last_layer():
+    parts = torch.rand(4, 2, 3)
+    answers = models.Output(*parts).answers()
+    assert all(map(torch.equal, answers["decoder"] + answers["token"], [*parts[:2, 1], *parts[2:]]))
+
+
+def test_accuracy_is_that_of_all_with_a_known_truth_of_no_targets_and_of_each_kind():
+    targets = {"one target": 1, "b": 1, "all": 0, "c": 0, "d": 3, "unknown": None}
+    examples, some = [], []
+    for kind, count in targets.items():  # kinds like names of groups get lines of their own
+        examples.append(data.Example("a.jpg", "x", kind=kind))
+        some.append({"decoder": {"correct": kind != "c"}, "token": {"correct": kind == "c"}})
+        some[-1] |= {} if count is None else {"truth": [A] * count}
+    shares = {"decoder_f1": 0.8, "decoder_nacc": 0.5, "token_f1": 0.2, "token_nacc": 0.5}
+    assert evaluate.summary(some, grec=True) == {"n": 5, "n_none": 2} | shares
+    assert evaluate.summary(some[:2], grec=True).keys() == {"n", "n_none", "decoder_f1", "token_f1"}
+    assert evaluate.summary(some, grec=False) == dict(n=3, decoder_acc=1.0, token_acc=0.0)
+    _, *lines = evaluate.table("val", some, examples, grec=True).splitlines()
+    assert [f"{line[:18].strip()}: {' '.join(line[18:].split())}" for line in lines] == [
+        *("all: 5 80.00 20.00", "no target: 2 50.00 50.00", "one target: 2 100.00 0.00"),
+        *("several targets: 1 100.00 0.00", "- one target: 1 100.00 0.00", "- b: 1 100.00 0.00"),
+        *("- all: 1 100.00 0.00", "- c: 1 0.00 100.00", "- d: 1 100.00 0.00"),
+    ]
+
+
+def test_boxes_and_truth_are_in_pixels_of_a_picture_that_is_not_square(collate, tmp_path):
+    boxes = [(60.0, 16.0, 80.0, 48.0), (150.0, 40.0, 50.0, 40.0)]  # the second reaches the edge
+    example = data.Example(picture(tmp_path / "a.png"), "a ring", boxes, name="a.png")
+    truth = [[60.0, 16.0, 140.0, 64.0], [150.0, 40.0, 199.0, 79.0]]
+    line = dict(image="a.png", expression="a ring", truth=truth)
+    line["decoder"] = dict(boxes=truth[:1], scores=[0.9], correct=True, iou=1.0)
+    line["token"] = dict(boxes=[[80.0, 16.0, 120.0, 64.0]], scores=[0.9], correct=True, iou=0.5)
+    line["agreement"] = 0.5
+    found = evaluate.evaluate_examples(answering(), [example], collate)
+    assert json.dumps(found) == json.dumps([line]), "the keys are in this order, too"
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_evaluation_drops_nothing_out_and_restores_the_mode(mode, collate, tmp_path):
+    examples = [data.Example(picture(tmp_path / "a.png"), "a ring", [(1, 2, 30, 40)])] * 4
+    model = tiny_model(dropout=0.5, drop_path=0.5)
+    expected = evaluate.evaluate_examples(model, examples, collate)
+    found = evaluate.evaluate_examples(model.train(mode), examples, collate)
+    assert found == expected and model.training is mode
+
+
+def test_every_kind_of_picture_is_read_and_only_a_file_is_turned_by_its_exif(collate, tmp_path):
+    exif = Image.Exif()
+    exif[data.ORIENTATION] = 6  # to be turned by 90 degrees
+    path = picture(tmp_path / "a.png", exif=exif)
+    stored = Image.open(path)
+    upright = ImageOps.exif_transpose(stored)
+    array = np.array(upright)
+    mirrored = array[:, ::-1].copy()[:, ::-1]
+    kinds = [path, Path(path), data.read_image(path), array, np.asfortranarray(array), mirrored]
+    edited = [stored, stored.crop((0, 0, 90, 50)), stored.rotate(90, expand=True)]  # with EXIF
+    for given, meant in [*product(kinds, [upright]), *zip(edited, edited, strict=True)]:
+        pixels = torch.tensor(np.array(meant)).permute(2, 0, 1)
+        ((found, _),) = evaluate.ground(tiny_model(), given, ["a ring"], collate.tokenizer)
+        ((wanted, _),) = evaluate.ground(tiny_model(), pixels, ["a ring"], collate.tokenizer)
+        assert torch.equal(found, wanted), given
+
+
+def test_many_phrases_are_answered_in_batches_about_one_picture(collate, tmp_path, monkeypatch):
+    ask, whole = (tiny_model(queries=2), picture(tmp_path / "a.png")), models.SimVG.forward
+    texts, seen = [f"the {'red ' * (i % 5)}ring" for i in range(130)], []
+    alone = [evaluate.ground(*ask, [text], collate.tokenizer, None, 0)[0][0] for text in texts[:5]]
+    spy = lambda *given: seen.append(given) or whole(*given)  # noqa: E731
+    monkeypatch.setattr(models.SimVG, "forward", spy)
+    found = evaluate.ground(*ask, texts, collate.tokenizer, threshold=0)
+    assert [len(each[1]) for each in seen] == [64, 64, 2] and seen[0][1].stride(0) == 0
+    boxes = torch.cat([box for box, _ in found])
+    torch.testing.assert_close(boxes, torch.cat(alone * 26), atol=1e-3, rtol=0)
+    ((none, _),) = evaluate.ground(*ask, ["a"], collate.tokenizer, "token", 1, torch.bfloat16)
+    assert len(none) == 0 < len(boxes) and seen[3][4:] == ("token", torch.bfloat16)
+
+
+@pytest.mark.parametrize("known", ["both", "token", "decoder"])
+def test_an_untrained_branch_neither_answers_nor_can_be_asked(known, trained, collate, tmp_path):
+    model = models.load(keep(tmp_path / "a.pt", answering(), trained, branch=known))
+    ask = (model, torch.zeros(3, 80, 200).byte(), ["a ring"], collate.tokenizer)
+    lefts = {"decoder": 60, "token": 80, None: 60 if known == "decoder" else 80}
+    for branch, left in lefts.items():
+        if branch and known not in ("both", branch):
+            with pytest.raises(data.InputError, match=f"only the {known} branch"):
+                evaluate.ground(*ask, branch)
+        else:
+            ((box, _),) = evaluate.ground(*ask, branch)
+            assert box[0].tolist() == pytest.approx([left, 16, 200 - left, 64])
+
+
+def test_a_checkpoint_brings_its_tokenizer_and_the_length_of_phrases(toys, trained, monkeypatch):
+    monkeypatch.chdir(toys)
+    own, other = "data/toys/toys.spm", "data/toys-grec/toys.spm"
+    with pytest.raises(data.InputError, match="is not the tokenizer that the weights were trained"):
+        evaluate.load(trained / "best.pt", other)
+    assert evaluate.load(trained / "best.pt", own)[1].path == own
+    model, tokenizer = evaluate.load(trained / "best.pt")
+    ask = (model, torch.zeros(3, 8, 8).byte(), ["the ring left of the ring left of the ring left"])
+    with pytest.warns(UserWarning, match="the ring left' is cut") as said:
+        ((box, _),) = evaluate.ground(*ask, tokenizer)
+        ((of_all, _),) = evaluate.ground(*ask, tokenizer, max_tokens=30)
+    assert [each.filename for each in said] == [__file__] and not torch.equal(box, of_all)
+
+
+def test_what_is_no_picture_or_no_list_of_phrases_is_refused(collate):
+    array, pixels = np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8).byte()
+    for image in (array / 2, array.T, array[0], pixels / 2, pixels[None], pixels.movedim(0, 2)):
+        with pytest.raises(data.InputError, match=r"\(H, W, 3\) uint8 or a tensor \(3, H, W\)"):
+            evaluate.ground(tiny_model(), image, ["a ring"], collate.tokenizer)
+    with pytest.raises(data.InputError, match="a list of phrases, not 'a ring'"):
+        evaluate.ground(tiny_model(), pixels, "a ring", collate.tokenizer)
+
+
+def test_the_report_is_a_static_page_of_the_worst_answers_with_text_as_text(collate, tmp_path):
+    path, widths = picture(tmp_path / "a.png"), {"good": 80, "half": 40, NASTY: 20, "fair": 70}
+    examples = [data.Example(path, each, [(60, 16, width, 48)]) for each, width in widths.items()]
+    examples.append(data.Example(path, "no target", []))
+    results = evaluate.evaluate_examples(answering(), examples, collate)
+    evaluate.report(f"{tmp_path}/a.html", {"v": (examples, results, "1 < 2")}, grec=False, most=3)
+    parts, page = [], HTMLParser()
+    page.handle_starttag = lambda tag, its: parts.append(f"{tag} {dict(its).get('src', '')[:16]}")
+    page.handle_endtag = lambda tag: parts.append(f"/{tag}")
+    page.handle_data = lambda text: parts.append(text.partition(": decoder IoU")[0].strip())
+    page.feed((tmp_path / "a.html").read_text(encoding="utf-8"))
+    parts = [part.strip() for part in parts if part]
+    before, after = ["figure", "img data:image/jpeg;", "figcaption"], ["/figcaption", "/figure"]
+    figures = [[*before, text, *after] for text in (NASTY, "half", "fair")]
+    assert parts[-21:] == sum(figures, ["pre", "1 < 2", "/pre"]) and "script" not in parts
+
+
+def test_the_figures_are_those_of_training_and_of_the_lines(toys, trained, tmp_path):
+    files = ("--answers", tmp_path / "a.jsonl", "--report", tmp_path / "a.html")
+    done = call("evaluate.py", "--ckpt", "runs/trained/best.pt", *files, cwd=toys)
+    printed = [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
+    logged = [row for row in metrics(toys, "trained") if row.get("weights") == "best"]
+    lines, asked = lines_of(tmp_path / "a.jsonl"), []
+    for figures, row in zip(printed, logged, strict=True):
+        assert figures.items() <= row.items() and "n" in figures
+        right = [each["token"]["correct"] for each in lines if each["split"] == row["split"]]
+        assert row["token_acc"] == np.mean(right)
+        rows = lines_of(toys / f"data/toys/{row['split']}.jsonl")
+        asked += [(row["image"], text) for row in rows for text in row["expressions"]]
+    assert [(each["image"], each["expression"]) for each in lines] == asked
+    assert f"\n{done.out.splitlines()[1]}\n" in (tmp_path / "a.html").read_text()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_gives_the_same_lines_and_figures(ranks, toys, trained, tmp_path):
+    rows = lines_of(toys / "data/toys/train.jsonl")
+    rows.insert(70, {"image": "gone.jpg", "expressions": ["a ring", "a cross"]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = ("--split", "train", "val") if ranks == 3 else ("--rows", tmp_path / "rows.jsonl")
+    line = ("evaluate.py", "--ckpt", "runs/trained/best.pt", *asked, "--answers")
+    one = call(*line, tmp_path / "one.jsonl", cwd=toys)
+    many = program(*line, tmp_path / "many.jsonl", cwd=toys, ranks=ranks)
+    assert many.status == 0 and many.out == one.out, many.err
+    assert (tmp_path / "many.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert len(lines_of(tmp_path / "one.jsonl")) > 4 * evaluate.BATCH
+
+
+@pytest.mark.parametrize("use", ["rows", "rows and --set", "photos"])
+def test_each_picture_is_answered_or_named_as_unreadable(use, toys, trained, photos):
+    folder, out, names = f"data.images={photos}", photos / "out.jsonl", PHOTOS
+    ckpt = keep(photos / "a.pt", answering(), trained, *([folder] if use == "rows" else []))
+    ask = ["--rows", photos / "rows.jsonl"] + (["--set", folder] if "set" in use else [])
+    if use == "photos":
+        names = [str(photos / name) for name in PHOTOS]
+        ask = ["--image", *names, "--text", *PHRASES, "--save", photos / "all.png"]
+    done = call("evaluate.py", "--ckpt", ckpt, *ask, "--answers", out, cwd=toys)
+    assert done.status == 0 and "score" not in done.out, "it says nothing in REC"
+    assert done.out.count("\n") == (13 if use == "photos" else 0)  # 4 errors, 8 boxes, a picture
+    asked = [(each["image"], each["expression"]) for each in lines_of(out)]
+    assert asked == list(product(names, PHRASES))
+    answer = {"boxes": [[80.0, 16.0, 120.0, 64.0]], "scores": [0.9]}
+    for i, each in enumerate(lines_of(out)):
+        if i in (0, 1, 4, 5):
+            assert list(each)[2:] == ["decoder", "token", "agreement"] and each["token"] == answer
+        else:
+            assert list(each)[2:] == ["error"]
+            assert f"cannot read the image {photos / PHOTOS[i // 2]}: " in each["error"]
+
+
+def test_branch_threshold_and_precision_can_be_chosen(toys, trained, tmp_path, monkeypatch):
+    whole, seen = models.SimVG.forward, []
+    spy = lambda *given: seen.append((len(given[2][0]), *given[4:])) or whole(*given)  # noqa: E731
+    monkeypatch.setattr(models.SimVG, "forward", spy)
+    line = ("evaluate.py", "--ckpt", keep(tmp_path / "a.pt", answering(0.5, queries=3), trained))
+    photo = ("--image", "data/toys/images/val_00000.jpg", "--text", "a ring")
+    assert call(*line, *photo, cwd=toys).out.count("scores [], boxes []") == 2
+    options = ("--branch", "token", "--amp", "bf16", "--threshold", "0.4")
+    assert "token: 'a ring', scores [0.5" in call(*line, *photo, *options, cwd=toys).out
+    assert seen == [(10, "both", None), (10, "token", torch.bfloat16)]
+    assert '"n_none": 0, "decoder_f1": 0.0' in call(*line, "--split", "val", cwd=toys).out
+
+
+def test_a_split_ends_at_a_broken_picture_for_good(toys, trained, photos, monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH", 3)
+    row = '{"image": "%s", "expressions": ["a ring"], "boxes": [[9, 9, 20, 20]]}\n'
+    (photos / "val.jsonl").write_text(row % "a.jpg" * 7 + row % "cut.jpg")
+    settings = [f"data.annotations={photos}/{{split}}.jsonl", f"data.images={photos}"]
+    ckpt = keep(photos / "a.pt", answering(), trained, *settings, "data.workers=2")
+    line = ("--ckpt", ckpt, "--split", "val", "--answers", photos / "out.jsonl")
+    for expected in (f"{photos}/val.jsonl:8: cannot read the image", "--answers", "--answers"):
+        done = call("evaluate.py", *line, cwd=toys)
+        assert done.status == 2 and not done.out and len(lines_of(photos / "out.jsonl")) == 6
+        assert done.err.splitlines()[-1].startswith(f"evaluate.py: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--ckpt gone.pt", "gone.pt: No such file"),
+        ("--ckpt {0}/decoder.pt --branch token", "only the decoder branch was trained"),
+        ("--ckpt {0}/official.pth", "name one: --config configs.json:refcoco"),
+        ("--ckpt {0}/official.pth --config configs.json:toys", "161 ids, the model 64 words"),
+        ("--split tset", "tset"),
+        ("--set model.queries=10", "--set model.queries=10: only keys of data"),
+        ("--image a.jpg --text ?!", "at least one word"),
+        ("--ckpt gone.pt --answers a.json", "a.json: expected a name that ends in .jsonl"),
+        ("--ckpt gone.pt --report gone/a.html", "gone/a.html: expected a name that ends in .html"),
+        ("--ckpt gone.pt --image a.jpg --text b --save a.xyz", "a.xyz: expected a name"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(option, expected, toys, trained, tmp_path):
+    keep(tmp_path / "decoder.pt", tiny_model(), trained, branch="decoder")
+    official_model(tmp_path)
+    before, options = sorted(toys.iterdir()), option.format(tmp_path).split()
+    done = call("evaluate.py", "--ckpt", "runs/trained/best.pt", *options, cwd=toys)
+    assert done.status == 2 and not done.out and sorted(toys.iterdir()) == before
+    assert done.err.splitlines()[-1].startswith("evaluate.py: ") and expected in done.err
