@@ -17,6 +17,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import evaluate
 import losses
 import model as models
 import train
@@ -25,7 +26,7 @@ from evaluate import PRECISIONS
 
 CUDA = torch.device("cuda", 0)
 new_enough = pytest.mark.skipif(torch.__version__ < (2, 9), reason="cannot fake CUDA tensors")
-CASES = [("", True), ("bf16", False), ("fp16", True)]  # precision, gREC
+CASES = [("none", True), ("bf16", False), ("fp16", True)]  # precision, gREC
 # products whose operands must be of one type
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product")
 
@@ -55,11 +56,26 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, backward: bool = False) -> Iterat
     assignment = partial(matched_in_order, device=CUDA) if backward else matched_in_order
     monkeypatch.setattr(losses, "assign_targets", assignment)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     for kind in (FakeTensorMode, FakeTensor) if backward else ():
         monkeypatch.setattr(kind, "__torch_dispatch__", seen_as_meta(kind))
     with FakeTensorMode(), OneType():
         yield
+
+
+@new_enough
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_auto_runs_the_encoder_in_the_16_bits_that_the_gpu_has(has_bf16, monkeypatch):
+    seen = set()
+    with fake_cuda(monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: has_bf16)
+        precision = evaluate.encoder_precision("auto", CUDA)
+        model = fake_model(False)
+        expert = model.encoder.layers[0].image
+        expert.fc1.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+        output = model(*fake_batch(False)[:3], amp=precision)
+    assert seen == {torch.bfloat16 if has_bf16 else torch.float16}
+    assert output.token_boxes.dtype == torch.float32
 
 
 def seen_as_meta(kind: type):
@@ -118,7 +134,8 @@ def test_outputs_and_losses_are_float32_on_the_gpu_in_every_precision(amp, grec,
 
 def training_step(model, batches, config, optimizer, scaler) -> dict[str, torch.Tensor]:
     """As `train.main` takes it."""
-    terms = train.backward(model, batches, config, "both", PRECISIONS[config.amp], scaler)
+    precision = evaluate.encoder_precision(config.amp, model.mean.device)
+    terms = train.backward(model, batches, config, "both", precision, scaler)
     scaler.unscale_(optimizer)
     terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     scaler.step(optimizer)
@@ -127,7 +144,7 @@ def training_step(model, batches, config, optimizer, scaler) -> dict[str, torch.
 
 
 @new_enough
-@pytest.mark.parametrize(("amp", "grec"), [("", False), ("fp16", True)])
+@pytest.mark.parametrize(("amp", "grec"), [("none", False), ("fp16", True)])
 def test_a_step_reads_no_number_and_leaves_all_its_state_on_the_gpu(amp, grec, monkeypatch):
     config = train.TrainConfig(amp=amp)
     with fake_cuda(monkeypatch, backward=True):
