@@ -490,7 +490,7 @@ def find_run(out: Path, resume: bool) -> dict | None:
         raise InputError(f"{out}: holds a run already; go on with --resume or choose another --out")
     with data.located(out / "last.pt"):
         state = models.read(out / "last.pt").state
-        if "step" not in state:
+        if "optimizer" not in state:  # best.pt has none
             raise InputError("is no checkpoint that a run can go on from")
     return state
 

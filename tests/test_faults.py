@@ -51,7 +51,7 @@ row {"width": 40, "height": 48} | it has (48, 48) pixels, the row says (40, 48)
 --out runs/headless --resume | runs/headless/last.pt: No such file or directory
 --out runs/other --resume | runs/other/last.pt
 --set train.batch_size=16 | train.batch_size=16 (of all ranks) misfits 3 ranks; --set train.batch
---out runs/full --set train.micro_batch=4 | out of memory with 4 examples at a time: lower train.
+--out runs/memory --set train.micro_batch=4 | out of memory with 4 examples at a time: lower train.
 """
 
 

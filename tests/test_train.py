@@ -18,9 +18,7 @@ import model as models
 import train
 from conftest import ROOT, last, metrics, program, start, tiny_inputs, tiny_model
 
-# The bias of an attention's keys has no effect, so that its gradient is rounding noise. Adam blows
-# it up to whole steps unless eps is above it, which is seen where sums are taken in another order.
-STEADY = "train.eps=1e-6"
+STEADY = "train.eps=1e-6"  # else Adam blows up rounding noise, the gradient of the keys' biases
 LIVELY = ["model.dropout=0.1", "model.drop_path=0.3", "train.ema=true", "data.jitter=[0.5,1.5]"]
 TERMS = ("decoder", "token_on_truth", "token_on_teacher")
 NO_TEACHER = "train.loss_token_on_teacher=null"  # W_dt is one number for each micro-batch
@@ -40,9 +38,8 @@ def few(toys: Path) -> Path:
     for name, (split, rows) in product(RANKS, (("train", 22), ("val", 10))):
         lines = (toys / f"data/{name}/{split}.jsonl").read_text().splitlines()[:rows]
         (toys / f"few-{name}-{split}.jsonl").write_text("\n".join(lines))
-    # --resume without a run starts anew, and nothing is left of what lay there
     (toys / "runs/straight").mkdir(parents=True)
-    for name in ("metrics.jsonl", "config.json"):
+    for name in ("metrics.jsonl", "config.json"):  # without last.pt, --resume writes them anew
         (toys / "runs/straight" / name).write_text('{"split": "train", "step": 1}\n{"spl')
     short(toys, "straight", *LIVELY, "--resume")
     return toys
@@ -108,8 +105,7 @@ def test_a_training_row_holds_means_of_the_steps_since_the_last_row(few, monkeyp
 
 
 def test_a_run_leaves_its_best_epoch_and_final_rows_of_it(few, monkeypatch):
-    values = [0.2, 0.6, 0.4, 0.6, 0.5]
-    figures = iter([{"decoder_acc": value, "token_acc": value + 0.1} for value in values])
+    figures = iter([{"decoder_acc": v, "token_acc": v + 0.1} for v in (0.2, 0.6, 0.6, 0.6, 0.5)])
     monkeypatch.setattr(evaluate, "summary", lambda *_: next(figures))
     more = ["train.epochs=7", "train.evaluate_every=2", "train.evaluate_from=3"]
     short(few, "best", *more, "train.batch_size=22", 'data.eval_splits=["val", "train"]')
@@ -119,7 +115,8 @@ def test_a_run_leaves_its_best_epoch_and_final_rows_of_it(few, monkeypatch):
     assert (best["epoch"], best["step"], best["branch"]) == (6, 6, "both")
     assert best["accuracy"] == end["best"] == pytest.approx(0.65)
     assert best["tokenizer"] == data.Tokenizer(few / "data/toys/toys.spm").digest
-    assert best["config"] == end["config"] and best["config"]["train"]["epochs"] == 7
+    config = json.loads((few / "runs/best/config.json").read_text())
+    assert config == json.loads(json.dumps(best["config"])) and config["train"]["epochs"] == 7
     rows = [list(row.values())[:4] for row in rows_of(few, "best") if "weights" in row]
     lasts = [["val", "last", epoch, epoch] for epoch in (4, 6, 7)]  # one step each
     assert rows == [*lasts, ["val", "best", 6, 6], ["train", "best", 6, 6]]
@@ -145,8 +142,7 @@ def test_every_step_trains_with_dropout_drawn_anew_and_on_the_data_of_the_config
     assert len(set(seeds)) == len(seeds) == 6
     # without jitter, thrice an evaluation
     assert [call.args[1:] for call in sets.call_args_list] == [(32, 7, (0.5, 1.5)), *[(32,)] * 3]
-    # the largest micro-batch up to 3 that divides 8
-    sampler.assert_called_once_with(22, 8, 2, 7, range(6), 0, 1)
+    sampler.assert_called_once_with(22, 8, 2, 7, range(6), 0, 1)  # 2 is below 3 and divides 8
 
 
 def test_the_average_is_evaluated_and_kept_while_the_trained_weights_go_on(few):
@@ -249,8 +245,7 @@ def test_the_scale_of_16_bit_losses_is_kept(few):
     more = [*LIVELY, "train.amp=fp16"]
     short(few, "halves", *more)
     stopped(few, "broken-halves", *more, at=("backward", 5))
-    scaler = last(few, "broken-halves")["scaler"]
-    assert scaler["scale"] < 65536 or scaler["_growth_tracker"] == 5
+    assert last(few, "broken-halves")["scaler"]["_growth_tracker"] > 0
     short(few, "broken-halves", *more, "--resume")
     same(few, "halves", "broken-halves")
     assert last(few, "halves")["scaler"] == last(few, "broken-halves")["scaler"]
@@ -304,11 +299,11 @@ def test_a_signal_to_one_rank_stops_both_and_they_go_on_to_the_same_bits(few, pa
 
 def test_every_choice_of_loss_terms_trains_on_two_ranks_and_with_a_frozen_encoder(few, pair):
     for i, suffix in product(range(len(FACTORS)), ("", "-frozen")):
-        rows = rows_of(few, f"choice{i}{suffix}")
-        assert [0 < row["grad_norm"] < 1e4 for row in rows if "grad_norm" in row] == [True] * 3
+        *rows, _, figures = rows_of(few, f"choice{i}{suffix}")
+        assert len(rows) == 3 and all(0 < row["grad_norm"] < 1e4 for row in rows)
         decoder, on_truth, on_teacher = (factor is not None for factor in FACTORS[i])
-        assert ("decoder_f1" in rows[-1]) == (decoder or on_teacher)
-        assert ("token_f1" in rows[-1]) == (on_truth or on_teacher)
+        assert ("decoder_f1" in figures) == (decoder or on_teacher)
+        assert ("token_f1" in figures) == (on_truth or on_teacher)
 
 
 @pytest.mark.parametrize(("name", "call", "step", "evaluated"), STOPS)
@@ -414,7 +409,7 @@ def test_a_small_model_learns_a_few_expressions_by_heart(few):
     rows = [row | {"expressions": row["expressions"][:1]} for row in map(json.loads, lines)]
     (few / "heart-train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     more = ["data.annotations=heart-{split}.jsonl", 'data.eval_splits=["train"]']
-    more += ["model.encoder_layers=1", "model.decoder_layers=1", "train.evaluate_from=100"]
+    more += ["model.encoder_layers=1", "model.decoder_layers=1", "train.evaluate_from=300"]
     more += ["train.lr=3e-3", "train.lr_encoder=3e-3", "train.epochs=300", "train.batch_size=4"]
     short(few, "heart", *more)
     found = metrics(few, "heart")[-1]
