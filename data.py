@@ -38,7 +38,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args, get_origin, get_typ
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -54,11 +54,9 @@ class DataConfig:
     annotations: str | tuple[str, ...] = "data/annotations/refcoco-unc/instances.json"
     # the folder of the images, or a pattern for rows that hold numbers of images
     images: str = "data/images/mscoco/train2014/COCO_train2014_{:012d}.jpg"
-    # the same for rows that name a source: {"vg": "data/images/visual-genome/{}.jpg"}; rows of a
-    # source that is null are left out
+    # the same for rows that name a source, {"vg": "vg/{}.jpg"}; null: these rows are left out
     sources: dict[str, str | None] = field(default_factory=dict)
-    # the sentencepiece model; for weights of BEiT-3 it is beit3.spm
-    tokenizer: str = "pretrain_weights/beit3.spm"
+    tokenizer: str = "pretrain_weights/beit3.spm"  # a sentencepiece model; this is BEiT-3's
     max_tokens: int = 20  # of an expression, with <s> and </s>; the rest is cut
     jitter: tuple[float, float] | None = (0.3, 1.4)  # smallest and largest scale in training
     eval_splits: tuple[str, ...] = ("val", "testA", "testB")  # the first one also chooses best.pt
@@ -82,6 +80,8 @@ class Example(NamedTuple):
 
 # the expressions of one object of one image; a training epoch draws one of them
 Row = list[Example]
+Key = tuple[int, int]  # (epoch, number of a row)
+Faults = list["InputError"] | None  # where what is wrong is put; None: the first fault is raised
 
 
 class Item(NamedTuple):
@@ -126,7 +126,7 @@ class Dataset:
     seed: int = 0
     jitter: tuple[float, float] | None = None
 
-    def __getitem__(self, key: tuple[int, int]) -> Item | tuple[int, "InputError"]:
+    def __getitem__(self, key: Key) -> Item | tuple[int, "InputError"]:
         """The item; or, where its image cannot be read, its index and what is wrong."""
         epoch, index = key
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
@@ -150,8 +150,7 @@ class Dataset:
         return Item(image, example.expression, boxes.float(), size, index)
 
 
-# XLM-RoBERTa's special tokens. Its vocabulary has <pad> at 1, so that sentencepiece's numbers move
-# up.
+# XLM-RoBERTa's special tokens; its <pad> is 1, so that the numbers of sentencepiece move up
 BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3
 
 
@@ -214,16 +213,10 @@ class Collate:
         for i, item in enumerate(items):
             boxes[i, : len(item.boxes)] = item.boxes
             box_mask[i, : len(item.boxes)] = True
-        return Batch(
-            images=torch.stack([item.image for item in items]),
-            tokens=tokens,
-            text_pad=text_pad,
-            boxes=boxes,
-            box_mask=box_mask,
-            sizes=torch.tensor([item.size for item in items]),
-            index=[item.index for item in items],
-            faults=faults,
-        )
+        images = torch.stack([item.image for item in items])  # (B, 3, S, S)
+        sizes = torch.tensor([item.size for item in items])  # (B, 2)
+        index = [item.index for item in items]
+        return Batch(images, tokens, text_pad, boxes, box_mask, sizes, index, faults)
 
 
 @dataclass
@@ -242,7 +235,7 @@ class MicroBatchSampler:
     rank: int
     world: int
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         per_epoch = math.ceil(self.rows / self.batch)
         part = self.batch // self.world  # of the batch, for one rank
         for step in self.steps:
@@ -257,18 +250,14 @@ class MicroBatchSampler:
 
 
 def loader(
-    dataset: Dataset,
-    batches: Iterable[list[tuple[int, int]]],
-    collate: Collate,
-    workers: int,
-    pin: bool = False,
+    dataset: Dataset, keys: Iterable[list[Key]], collate: Collate, workers: int, pin: bool = False
 ) -> DataLoader:
     """A Batch for each list of keys, in order."""
     return DataLoader(
         dataset,
-        batch_sampler=batches,
+        batch_sampler=keys,
         collate_fn=collate,
-        num_workers=min(workers, os.cpu_count() or 1),  # more would only wait for each other
+        num_workers=min(workers, os.cpu_count()),  # more would only wait for each other
         pin_memory=pin,
         worker_init_fn=ignore_signals,
     )
@@ -282,31 +271,30 @@ def ignore_signals(worker: int) -> None:
 
 # --------------------------------------------------------------------------- images and jitter
 
-ORIENTATION = 0x0112  # the EXIF tag; from 5 on it says that the image is to be turned by 90 degrees
-
 
 def read_image(
-    path: str | Path, size: tuple[int, int] | None = None, where: str | Path = ""
+    path: str | Path, size: tuple[int, int] | None = None, where: str = "read_image"
 ) -> Tensor:
     """An image file -> (3, H, W) uint8 RGB. InputError, which names `where`, if it cannot be read.
 
     Cameras store some pictures lying on their side, with a note (EXIF) to turn them. They are
     turned, unless the row's `size` is that of the picture as it is stored: then its boxes were
-    drawn on that one (D13). For a turn by 180 degrees or a square the size tells nothing, and the
-    picture is turned.
+    drawn on that one (D13). Where the size tells nothing (180 degrees, a square), it is turned.
     """
-    with located(f"{where or path}: cannot read the image {path}"):
+    with located(f"{where}: cannot read the image {path}"):
         with Image.open(path) as image:
             upright = check_size(image, size)
-            if image.getexif().get(ORIENTATION, 1) != 1 and size in (None, upright):
-                image = ImageOps.exif_transpose(image)
+            if size in (None, upright):
+                ImageOps.exif_transpose(image, in_place=True)
             return pil_to_tensor(image.convert("RGB"))  # (3, H, W)
 
 
 def check_size(image: Image.Image, size: tuple[int, int] | None) -> tuple[int, int]:
     """(width, height) of an image when turned as EXIF says. InputError if it misfits the row's."""
+    if image.mode[0] in "IF":  # to RGB, Pillow would clip their values at 255
+        raise InputError("it has more than 8 bits a channel")
     upright = image.size
-    if image.getexif().get(ORIENTATION, 1) >= 5:
+    if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # to be turned by 90 degrees
         upright = (image.height, image.width)
     if size not in (None, upright, image.size):
         raise InputError(f"it has {upright} pixels, the row says {size}")
@@ -314,10 +302,7 @@ def check_size(image: Image.Image, size: tuple[int, int] | None) -> tuple[int, i
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, height, width), bilinear without antialias.
-
-    The same as OpenCV, which the official code uses, up to 1 grey level (D14).
-    """
+    """(3, H, W) uint8 -> (3, height, width), bilinear as OpenCV, up to 1 grey level (D14)."""
     size = (height, width)
     return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
 
@@ -362,35 +347,28 @@ def large_scale_jitter(
 # ---------------------------------------------------------------------------------- annotations
 
 
-EVALUATION = "any but train"  # as a split: all that a file holds but train
-
-
-def read_training_rows(config: DataConfig) -> list[Row]:
-    """The rows of train. Of several files, none whose image is in an evaluation split of any (D15).
+def without_evaluated(config: DataConfig, rows: list[Row]) -> list[Row]:
+    """The rows to train on: of several joined files, none whose image any of them evaluates (D15).
 
     RefCOCO, RefCOCO+ and RefCOCOg share their photos, but split them differently.
     """
-    rows = read_rows(config, "train")
-    if isinstance(config.annotations, str):
+    if isinstance(config.annotations, str) or len(config.annotations) == 1:
         return rows
-    evaluated = {example.image for example in all_examples(read_rows(config, EVALUATION))}
+    evaluated = {example.image for example in all_examples(read_rows(config, None))}
     kept = [row for row in rows if row[0].image not in evaluated]
     left_out = len(rows) - len(kept)
     say(f"{left_out:,} of {len(rows):,} training rows are left out: their images are evaluated")
     return kept
 
 
-def read_rows(
-    config: DataConfig, split: str, faults: list["InputError"] | None = None
-) -> list[Row]:
-    """The rows of one split. `config.annotations` names files, told apart by their names:
+def read_rows(config: DataConfig, split: str | None, faults: Faults = None) -> list[Row]:
+    """The rows of one split (None: of all but train), from the files of `config.annotations`:
 
     FOLDER/{split}.jsonl                   our own JSON Lines, see README.md
     FOLDER/instances.json                  SeqTR's and SimVG's, with all splits
     FOLDER/refs(unc).p, grefs(unc).json    refer's and gRefCOCO's, beside COCO's instances.json
 
-    InputError: the first malformed row, or all of them go into the list `faults`. Of several files,
-    one that lacks the split counts as empty if another has it.
+    Of several files, one that lacks the split counts as empty if another has it.
     """
     names = config.annotations
     if isinstance(names, str):
@@ -400,7 +378,7 @@ def read_rows(
         if name.endswith(".jsonl"):
             if "{split}" not in name:
                 raise InputError(f"data.annotations={name}: expected {{split}} in the name")
-            wanted = config.eval_splits if split == EVALUATION else (split,)
+            wanted = (split,) if split else config.eval_splits
             paths = [Path(name.replace("{split}", each)) for each in wanted]
         else:
             paths = [Path(name)]
@@ -418,21 +396,19 @@ def read_rows(
     kept = [row for row in rows if row]
     if len(kept) < len(rows):
         left_out = len(rows) - len(kept)
-        say(f"{split}: {left_out:,} rows are left out: no sentence, or a source that is null")
-    if not kept and not faults:
+        about = split or "evaluation"
+        say(f"{about}: {left_out:,} rows are left out: no sentence, or a source that is null")
+    if split and not kept and not faults:
         raise InputError(f"{', '.join(names)}: there is no row of split {split!r}")
     return kept
 
 
-def is_wanted(name: str, split: str) -> bool:
-    return name == split or split == EVALUATION and name != "train"
+def is_wanted(name: str, split: str | None) -> bool:
+    return name == split or not split and name != "train"
 
 
 def own_rows(
-    config: DataConfig,
-    path: Path,
-    faults: list["InputError"] | None = None,
-    need_boxes: bool = True,
+    config: DataConfig, path: Path, faults: Faults = None, need_boxes: bool = True
 ) -> list[Row]:
     """{"image": "a.jpg", "expressions": ["left zebra"], "boxes": [[x, y, w, h]]}, one a line."""
     rows = []
@@ -451,9 +427,7 @@ def own_rows(
     return rows
 
 
-def official_rows(
-    config: DataConfig, path: Path, split: str, faults: list["InputError"] | None
-) -> list[Row]:
+def official_rows(config: DataConfig, path: Path, split: str | None, faults: Faults) -> list[Row]:
     """{"train": [{"image_id": 9, "bbox": [x, y, w, h], "expressions": [...], ...}], "val": ...}."""
     rows = []
     found = []
@@ -476,9 +450,7 @@ def official_rows(
     return rows
 
 
-def refer_rows(
-    config: DataConfig, path: Path, split: str, faults: list["InputError"] | None
-) -> list[Row]:
+def refer_rows(config: DataConfig, path: Path, split: str | None, faults: Faults) -> list[Row]:
     """[{"ref_id": 1, "ann_id": 2, "image_id": 3, "sentences": [{"sent": "left zebra"}], ...}]."""
     coco_path = path.with_name("instances.json")
     with located(coco_path), redirect_stdout(io.StringIO()):  # COCO prints its timings
@@ -498,13 +470,9 @@ def refer_rows(
             if not isinstance(targets, list):
                 targets = [targets]
             boxes = [coco.anns[target]["bbox"] for target in targets if target != -1]
-            image = coco.imgs[ref["image_id"]]
-            row = {
-                "image": image["file_name"],
-                "expressions": [sentence["sent"] for sentence in ref["sentences"]],
-                "width": image["width"],
-                "height": image["height"],
-            }
+            row = dict(coco.imgs[ref["image_id"]])  # with "width" and "height"
+            row["image"] = row["file_name"]
+            row["expressions"] = [sentence["sent"] for sentence in ref["sentences"]]
             # A training row is an object; in gRefCOCO, whose expressions have any number of
             # targets, it is an image.
             key = ("ref", number)
@@ -526,10 +494,7 @@ class PlainUnpickler(pickle.Unpickler):
 def make_row(
     config: DataConfig, where: str, row: dict, boxes_of_each: Sequence[list[Box] | None]
 ) -> Row:
-    """The Examples of a row, with the boxes of each expression. Here every value is checked.
-
-    None for a row that `read_rows` is to leave out.
-    """
+    """The Examples of a row, every value checked; [] for a row that `read_rows` leaves out."""
     image = row["image"]
     source = row.get("source")
     if source is not None and source not in config.sources:
@@ -588,20 +553,10 @@ def all_examples(rows: Sequence[Row]) -> list[Example]:
     return [example for row in rows for example in row]
 
 
-def digest(examples: Sequence[Example]) -> str:
-    """A digest of examples and their order that is the same wherever the images lie."""
-    found = hashlib.sha256()
-    for image, expression, boxes, size, *_ in examples:
-        found.update(repr((os.path.basename(image), expression, boxes, size)).encode())
-    return found.hexdigest()
-
-
-def check_images(
-    examples: Sequence[Example], decode: bool = False, faults: list["InputError"] | None = None
-) -> None:
+def check_images(examples: Sequence[Example], decode: bool = False, faults: Faults = None) -> None:
     """Whether every image is there, opens, has the size that its rows state and holds their boxes.
 
-    Only headers are read, unless `decode`. InputError: the first fault, or all go into `faults`.
+    Only headers are read, unless `decode`.
     """
     of_one_image = {}
     for example in examples:
@@ -616,11 +571,10 @@ def check_images(
                 if decode:
                     image.load()
         if not found and first.size is None:  # else its boxes were checked when they were read
-            for example in {
-                (example.where, str(example.boxes)): example for example in some
-            }.values():
-                with located(example.where, found):
-                    for box in example.boxes:
+            of_rows = dict.fromkeys((example.where, tuple(example.boxes)) for example in some)
+            for where, boxes in of_rows:
+                with located(where, found):
+                    for box in boxes:
                         check_box(box, upright)
         return found
 
@@ -641,8 +595,7 @@ def read_config(spec: str, overrides: Sequence[str], **classes: type) -> list:
     """configs.json:refcoco, ["train.lr=1e-4"], model=ModelConfig, ... -> a dataclass of each.
 
     A recipe is a list of fragments and other recipes, laid over the defaults in order. InputError:
-    an unknown recipe, section or key, or a value of another type. A section without a class is not
-    checked.
+    an unknown recipe, section or key, or a value of another type (in a section that has a class).
     """
     path, _, name = spec.rpartition(":")
     if not path:
@@ -654,24 +607,23 @@ def read_config(spec: str, overrides: Sequence[str], **classes: type) -> list:
         raise InputError(f"{path}: there is no recipe {name!r}{near(name, recipes)}")
     sections = {"model": {}, "data": {}, "train": {}}
     with located(f"{path}: recipe {name}"):
-        for fragment in fragments(entries, name):
-            for section, values in fragment.items():
-                if section not in sections:
-                    raise InputError(f"unknown section {section!r}{near(section, sections)}")
-                sections[section].update(values)
+        lay_over(sections, entries, name)
     override(sections, overrides)
     return [fill(each, sections[section], section) for section, each in classes.items()]
 
 
-def fragments(entries: dict, part: str | list | dict) -> Iterator[dict]:
-    """What a recipe lists, in order: names of fragments and other recipes, or a fragment itself."""
+def lay_over(sections: dict[str, dict], entries: dict, part: str | list | dict) -> None:
+    """Change `sections` in place by a part of a recipe: a name, a list of parts, or a fragment."""
     if isinstance(part, str):
-        yield from fragments(entries, entries[part])
-    elif isinstance(part, list):
+        part = entries[part]
+    if isinstance(part, list):
         for each in part:
-            yield from fragments(entries, each)
-    else:
-        yield part
+            lay_over(sections, entries, each)
+        return
+    for section, values in part.items():
+        if section not in sections:
+            raise InputError(f"unknown section {section!r}{near(section, sections)}")
+        sections[section].update(values)
 
 
 def override(sections: dict[str, dict], overrides: Sequence[str]) -> None:
@@ -756,8 +708,8 @@ def draw(image: Tensor, boxes: dict[str, Sequence], caption: str, side: int = 28
 
 def tile(pictures: Sequence[Image.Image], path: str | Path, columns: int = 4) -> None:
     """Save pictures of `draw` side by side as one page."""
-    pages = torch.stack([pil_to_tensor(picture) for picture in pictures])
-    save_image(pages / 255, path, nrow=columns)
+    pages = [pil_to_tensor(picture) / 255 for picture in pictures]
+    save_image(pages, path, nrow=columns)
 
 
 # ----------------------------------------------------------------------------------------- errors
@@ -768,11 +720,8 @@ class InputError(ValueError):
 
 
 @contextmanager
-def located(where: object, faults: list[InputError] | None = None) -> Iterator[None]:
-    """Whatever malformed input raises inside becomes one InputError that begins with `where`.
-
-    It is raised or, if there is a list `faults`, put into it.
-    """
+def located(where: object, faults: Faults = None) -> Iterator[None]:
+    """Whatever malformed input raises inside becomes one InputError that begins with `where`."""
     try:
         yield
     except Exception as error:
@@ -822,7 +771,12 @@ def main() -> None:
     """Count what the splits hold, name up to 20 faults, and draw a page of examples."""
     import train  # only for the classes of the config's sections
 
-    args = parse_arguments()
+    parser = argparse.ArgumentParser(description="Look at annotations before you train on them.")
+    add_config(parser)
+    parser.add_argument("--split", help="one split (default: train and those that are evaluated)")
+    parser.add_argument("--images", action="store_true", help="decode every image")
+    parser.add_argument("--save", default="examples.png", help="the page (default: examples.png)")
+    args = parser.parse_args()
     check_output(args.save, ".png")
     model_config, config, train_config = train.read_config(args.config, args.set)
     tokenizer = Tokenizer(config.tokenizer)
@@ -848,7 +802,7 @@ def main() -> None:
     for fault in faults[:20]:
         print(fault)
     if shown == "train" and not faults:
-        read_training_rows(config)  # which says how many rows training leaves out
+        without_evaluated(config, rows["train"])  # which says how many rows they are
 
     # the page shows examples as training or evaluation gets them
     jitter = config.jitter if shown == "train" else None
@@ -869,9 +823,8 @@ def main() -> None:
 def print_counts(split: str, rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int) -> None:
     examples = all_examples(rows)
     targets = Counter(min(len(example.boxes), 2) for example in examples)
-    texts = [example.expression for example in examples]
-    cut = [text for text in texts if tokenizer.is_cut(text, max_tokens)]
-    unknown = [text for text in texts if 0 in tokenizer.pieces(text)]
+    cut = [each for each in examples if tokenizer.is_cut(each.expression, max_tokens)]
+    unknown = [each for each in examples if tokenizer.unknown_words(each.expression)]
     counts = {
         "rows": len(rows),
         "images": len({example.image for example in examples}),
@@ -887,21 +840,10 @@ def print_counts(split: str, rows: Sequence[Row], tokenizer: Tokenizer, max_toke
         print(f"  {count:>9,} {name}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Look at annotations before you train on them.")
-    add_config(parser)
-    parser.add_argument("--split", help="one split (default: train and those that are evaluated)")
-    parser.add_argument("--images", action="store_true", help="decode every image")
-    parser.add_argument("--save", default="examples.png", help="the page (default: examples.png)")
-    return parser.parse_args()
-
-
 def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """The two options of all three programs."""
     parser.add_argument("--config", required=required, help="a recipe: configs.json:refcoco")
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], help="change keys: data.images=DIR ..."
-    )
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@
     python evaluate.py --ckpt best.pt --rows rows.jsonl --answers answers.jsonl
 
 REC (referring expression comprehension): every expression has one target; the model has one query.
-The metric is Acc@0.5, the share of expressions whose box has an IoU of at least 0.5 with the true
-box.
+The metric is Acc@0.5, the share of expressions whose box has an IoU of 0.5 or more with the truth.
 gREC (generalised REC): any number of targets, or none; several queries. The metrics are
 Precision@(F1=1, IoU>=0.5), the share of expressions for which exactly the true boxes are found, and
 N-acc, the same for those without a target.
@@ -19,7 +18,6 @@ import argparse
 import base64
 import io
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -44,11 +42,9 @@ MIN_IOU = 0.5  # a box is correct from this IoU on; in gREC, from this generalis
 THRESHOLD = 0.7  # the box of a gREC query is part of the answer from this score on
 BATCH = 64  # expressions that are computed at once
 BRANCHES = ("decoder", "token")
-PRECISIONS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of train.amp
 
-# All about one expression, and a line of --answers: image and expression; then `error`, or `truth`
-# if it is known and for each branch {"boxes", "scores", "correct", "iou"}. Boxes are xyxy in
-# pixels.
+# All about one expression, a line of --answers: image and expression; then `error`, or `truth` if
+# it is known and for each branch {"boxes", "scores", "correct", "iou"}. Boxes are xyxy in pixels.
 Result = dict[str, Any]
 
 # ---------------------------------------------------------------------------------------- metrics
@@ -142,10 +138,9 @@ def judged(results: Sequence[Result], grec: bool) -> list[Result]:
 
 
 def summary(results: Sequence[Result], grec: bool) -> dict[str, float]:
-    """The figures of a split.
+    """The figures of a split. REC: n, {branch}_acc. gREC: n, n_none, {branch}_f1 and {branch}_nacc.
 
-    REC: n, {branch}_acc. gREC: n, n_none, {branch}_f1 and, with expressions without a target,
-    {branch}_nacc.
+    The last one is left out where every expression has a target.
     """
     results = judged(results, grec)
     none = [result for result in results if not result["truth"]]
@@ -172,13 +167,8 @@ def table(
     title: str, results: Sequence[Result], examples: Sequence[data.Example], grec: bool
 ) -> str:
     """Accuracy in percent: of all, of those with the same number of targets, of the same kind."""
-    groups = {
-        "all": [],
-        "no target": [],
-        "one target": [],
-        "several targets": [],
-    }
-    numbers = list(groups)[1:]
+    numbers = ("no target", "one target", "several targets")
+    groups = {name: [] for name in ("all", *numbers)}
     for result, example in zip(results, examples, strict=True):
         if judged([result], grec):
             number = numbers[min(len(result["truth"]), 2)]
@@ -295,7 +285,6 @@ def ground(
     branch: str | None = None,
     threshold: float = THRESHOLD,
     amp: torch.dtype | None = None,
-    max_tokens: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """(boxes (n, 4) xyxy in pixels, scores (n,)), the best first, for each phrase about an image.
 
@@ -309,16 +298,13 @@ def ground(
     if trained not in ("both", branch):
         raise InputError(f"branch={branch!r}: only the {trained} branch of this model was trained")
     if model.tqg.norm.weight.dtype != torch.float32:
-        raise InputError(
-            "the weights must be float32; amp=torch.float16 runs the encoder in 16 bits"
-        )
+        raise InputError("weights must be float32; amp=torch.float16 runs the encoder in 16 bits")
     if isinstance(texts, str):
         raise InputError(f"expected a list of phrases, not {texts!r:.60}")
-    max_tokens = max_tokens or model.max_tokens
     for text in texts:
         data.check_expression(text)
-        if tokenizer.is_cut(text, max_tokens):
-            warnings.warn(f"{text!r} is cut: it has over {max_tokens - 2} pieces", stacklevel=3)
+        if tokenizer.is_cut(text, model.max_tokens):
+            warnings.warn(f"{text!r} is cut to {model.max_tokens} tokens", stacklevel=3)
         for word in tokenizer.unknown_words(text):
             warnings.warn(f"{text!r}: the tokenizer does not know {word!r}", stacklevel=3)
     picture = to_tensor(image)  # (3, H, W)
@@ -329,7 +315,7 @@ def ground(
     found = []
     for start in range(0, len(texts), BATCH):
         some = texts[start : start + BATCH]
-        tokens, text_pad = tokenizer(some, max_tokens)
+        tokens, text_pad = tokenizer(some, model.max_tokens)
         images = resized.expand(len(some), -1, -1, -1)  # (B, 3, S, S), in the memory of one
         output = model(images, tokens.to(device), text_pad.to(device), branch, amp)
         for scores, boxes in pick_answers(*output.answers()[branch], threshold):
@@ -340,8 +326,9 @@ def ground(
 def to_tensor(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:
     """What `ground` takes for an image -> (3, H, W) uint8."""
     if isinstance(image, str | Path):
-        return data.read_image(image)
+        return data.read_image(image, where="ground")
     if isinstance(image, Image.Image):
+        data.check_size(image, None)
         return pil_to_tensor(image.convert("RGB"))
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)
@@ -352,9 +339,7 @@ def to_tensor(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:
 
 
 def load(
-    path: str | Path,
-    tokenizer: str | Path | None = None,
-    device: str | torch.device = "cpu",
+    path: str | Path, tokenizer: str | Path | None = None, device: str | torch.device = "cpu"
 ) -> tuple[models.SimVG, data.Tokenizer]:
     """A checkpoint and its tokenizer, by default the one that its config names.
 
@@ -375,16 +360,13 @@ def check_tokenizer(
     tokenizer: data.Tokenizer, model: models.SimVG, checkpoint: models.Checkpoint | None
 ) -> None:
     """InputError unless the weights were trained with this tokenizer, as far as is known."""
+    path = tokenizer.path
     words = model.config.vocab_size
     if tokenizer.vocab_size > words:
-        raise InputError(
-            f"{tokenizer.path}: has {tokenizer.vocab_size} ids, the model {words} words"
-        )
+        raise InputError(f"{path}: has {tokenizer.vocab_size} ids, the model {words} words")
     known = checkpoint.state.get("tokenizer") if checkpoint else None
     if known not in (None, tokenizer.digest):
-        raise InputError(
-            f"{tokenizer.path}: is not the tokenizer that the weights were trained with"
-        )
+        raise InputError(f"{path}: is not the tokenizer that the weights were trained with")
 
 
 # -------------------------------------------------------------------------- pictures, the report
@@ -404,17 +386,11 @@ def draw_result(example: data.Example, result: Result, side: int = 280) -> Image
     return data.draw(image, boxes, caption, side)
 
 
-STYLE = """<style>
-body { font: 14px sans-serif; background: #222; color: #ddd }
-figure { display: inline-block; margin: 4px; width: 280px; vertical-align: top }
-</style>"""
+STYLE = "<style>figure { display: inline-block; width: 280px; vertical-align: top }</style>"
 
 
 def report(path: str, splits: dict[str, tuple], grec: bool, most: int = 300) -> None:
-    """A page that needs nothing else: of each split, the table and the answers with the lowest IoU.
-
-    splits: {name: (examples, results, printed table)}.
-    """
+    """A page of {split: (examples, results, table)}: each table, and the answers of lowest IoU."""
     parts = [f"<!doctype html><meta charset='utf-8'><title>{escape(path)}</title>{STYLE}"]
     for examples, results, printed in splits.values():
         parts.append(f"<pre>{escape(printed)}</pre>")
@@ -435,46 +411,9 @@ def report(path: str, splits: dict[str, tuple], grec: bool, most: int = 300) -> 
 # ------------------------------------------------------------------------------------ the program
 
 
-def join_ranks() -> tuple[int, int, torch.device]:
-    """(rank, number of ranks, device) of this process, which joins the others under torchrun.
-
-    Both programs start with it.
-    """
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32: float32 with 10 bits of mantissa
-        # cuDNN's attention gave wrong gradients with masks and NaN for a single query (cuDNN 9.25)
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
-
-
-def encoder_precision(amp: str, device: torch.device) -> torch.dtype | None:
-    """What train.amp means on this device. "auto": bf16 on a GPU that has it, else fp16."""
-    if amp != "auto":
-        return PRECISIONS[amp]
-    if device.type != "cuda":
-        return None
-    if torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float16
-
-
-def leave_ranks() -> None:
-    """Leave together, because torchrun may end the others when one rank ends."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 def main() -> None:
     args = parse_arguments()
-    rank, _, device = join_ranks()
+    rank, _, device = models.join_ranks()
     data.check_output(args.answers, ".jsonl")
     data.check_output(args.report, ".html")
     data.check_output(args.save, ".png")
@@ -485,7 +424,7 @@ def main() -> None:
         checkpoint = models.read(args.ckpt)
         model = models.build(checkpoint, device)
     config, trained, amp = read_settings(args, checkpoint)
-    precision = encoder_precision(args.amp or amp, device)
+    precision = models.encoder_precision(args.amp or amp, device)
     if args.branch and trained not in ("both", args.branch):
         raise InputError(f"--branch {args.branch}: only the {trained} branch was trained")
     tokenizer = data.Tokenizer(config.tokenizer)
@@ -493,11 +432,8 @@ def main() -> None:
     data.say(f"{args.ckpt}: {checkpoint.kind}, on {device.type}, {precision or torch.float32}")
 
     state = checkpoint.state
-    about_weights = {
-        "weights": "last" if "optimizer" in state else "best",
-        "epoch": state.get("epoch", 0),
-        "step": state.get("step", 0),
-    }
+    kind = "last" if "optimizer" in state else "best"
+    weights = {"weights": kind, "epoch": state.get("epoch", 0), "step": state.get("step", 0)}
     collate = data.Collate(tokenizer, config.max_tokens)
     grec = model.config.queries > 1
     of_splits = {}
@@ -514,7 +450,7 @@ def main() -> None:
             precision,
             config.workers,
             args.threshold,
-            split or "answers",
+            split,
             partial(write_answers, args.answers, split),
             keep_errors=not split,
         )
@@ -522,10 +458,10 @@ def main() -> None:
             printed = table(split, results, examples, grec)
             of_splits[split] = (examples, results, printed)
             print(printed)
-            print(json.dumps({"split": split} | about_weights | summary(results, grec)))
+            print(json.dumps({"split": split} | weights | summary(results, grec)))
         elif rank == 0 and args.image:
             show(examples, results, grec, args.save)
-    leave_ranks()  # what follows is for rank 0 alone and may take long
+    models.leave_ranks()  # what follows is for rank 0 alone and may take long
     if rank == 0 and args.report:
         report(args.report, of_splits, grec)
         print(f"report: {args.report}")
@@ -561,12 +497,10 @@ def read_questions(
         for path in args.image:
             for text in args.text:
                 data.check_expression(text)
-                examples.append(data.Example(path, text, name=path, where=path))
+                examples.append(data.Example(path, text, name=path, where="--image"))
         return {"": examples}
     if args.rows:
         rows = data.own_rows(config, Path(args.rows), need_boxes=False)
-        if not rows:
-            raise InputError(f"{args.rows}: there is no row")
         return {"": data.all_examples(rows)}
     questions = {}
     for split in args.split or config.eval_splits:
@@ -595,7 +529,7 @@ def check_targets(name: str, examples: Sequence[data.Example], grec: bool) -> No
     counts = f"{len(none):,} expressions without a target and {len(several):,} with several"
     data.say(f"{name}: {counts}: they need a recipe with several queries, such as grefcoco")
     if len(none) == len(examples):
-        raise InputError(f"{name}: no expression has a box, so accuracy cannot be measured")
+        raise InputError(f"{name}: no expression has a box")
 
 
 def write_answers(path: str | None, split: str, results: Sequence[Result]) -> None:
@@ -611,10 +545,11 @@ def show(
     examples: Sequence[data.Example], results: Sequence[Result], grec: bool, save: str | None
 ) -> None:
     """Print every box, and draw them if `save` names a picture."""
+    errors = set()
     pictures = []
     for example, result in zip(examples, results, strict=True):
         if "error" in result:
-            print(result["error"])
+            errors.add(result["error"])  # the same for every phrase
             continue
         for branch in branches_of([result]):
             found = result[branch]
@@ -624,6 +559,8 @@ def show(
             print(f"{about}, boxes {found['boxes']} (x1, y1, x2, y2 in pixels)")
         if save:
             pictures.append(draw_result(example, result, 560))
+    for error in sorted(errors):
+        print(error)
     if pictures:
         data.tile(pictures, save, columns=2)
         print(f"picture: {save}")
@@ -643,9 +580,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--text", nargs="+", help="the phrases for --image")
     add("--branch", choices=BRANCHES, help="the one that answers (default: all that were trained)")
     add("--threshold", type=float, default=THRESHOLD, help="lowest score of a gREC box")
-    add(
-        "--amp", choices=["auto", *PRECISIONS], help="precision of the encoder (default: train.amp)"
-    )
+    add("--amp", choices=["auto", *models.PRECISIONS], help="(default: train.amp)")
     add("--answers", help="write every answer as a line of JSON to this .jsonl")
     add("--report", help="write the worst answers of the splits to this .html")
     add("--save", help="draw what was found in --image into this .png")

@@ -28,6 +28,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -90,15 +91,15 @@ def match(logits: Tensor, boxes: Tensor, targets: Tensor, target_mask: Tensor) -
 
 def assign_targets(cost: Tensor, target_mask: Tensor) -> Tensor:
     """cost (K, B, Q, M), target_mask (B, M) -> what `match` returns, on the CPU."""
-    cost = cost.cpu()
-    target_mask = target_mask.cpu()
-    matched = torch.full(cost.shape[:3], -1)  # (K, B, Q)
-    for b in range(cost.shape[1]):
-        real = target_mask[b].nonzero()[:, 0]  # the numbers of the targets that are no padding
-        for k in range(cost.shape[0]):
-            queries, columns = assign(cost[k, b][:, real])
+    costs = cost.cpu().numpy()  # small pieces are taken out of it much faster than of a tensor
+    masks = target_mask.cpu().numpy()
+    matched = np.full(costs.shape[:3], -1)  # (K, B, Q)
+    for b, mask in enumerate(masks):
+        real = np.flatnonzero(mask)  # the numbers of the targets that are no padding
+        for k, of_layer in enumerate(costs):
+            queries, columns = assign(of_layer[b][:, real].tolist())
             matched[k, b, queries] = real[columns]
-    return matched
+    return torch.from_numpy(matched)
 
 
 def targets_of(matched: Tensor, targets: Tensor) -> Tensor:

@@ -20,9 +20,11 @@ what the text names, so it starts from the words: cross-attention over them, plu
 plus a learnt vector. In gREC that vector alone tells the ten queries apart.
 """
 
+import ctypes
 import math
 import os
 import pickle
+import sys
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import beit3
@@ -37,6 +40,7 @@ import beit3
 HEADS = 8  # attention heads of text-guided queries and decoder, in every released model
 IMAGE_MEAN = (123.675, 116.28, 103.53)  # of ImageNet, RGB, 0..255
 IMAGE_STD = (58.395, 57.12, 57.375)
+PRECISIONS = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # of train.amp
 
 
 @dataclass(frozen=True)
@@ -292,7 +296,6 @@ class SimVG(nn.Module):
         `amp` runs the encoder in this precision. The rest stays in float32, because a box in bf16
         is off by up to 2 pixels.
         """
-        assert branch in ("both", "decoder", "token"), branch
         if images.dtype == torch.uint8:
             images = (images - self.mean) / self.std
         # the second argument is not read where autocast is not enabled
@@ -484,3 +487,56 @@ def save(path: str | Path, state: dict) -> None:
         os.replace(part, path)
     finally:
         Path(part).unlink(missing_ok=True)  # it is there only if something failed
+
+
+# --------------------------------------------------------------- where it runs: ranks, precision
+
+
+def join_ranks() -> tuple[int, int, torch.device]:
+    """(rank, number of ranks, device) of this process, which joins the others under torchrun.
+
+    The programs for training and evaluation start with it.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    keep_freed_memory()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32: float32 with 10 bits of mantissa
+        # cuDNN's attention gave wrong gradients with masks and NaN for a single query (cuDNN 9.25)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def keep_freed_memory() -> None:
+    """Linux: keep the memory that a tensor sets free for the next one.
+
+    glibc would give large blocks back to the system, and each page of the next activations would
+    cost a page fault: a tenth of a training step on a CPU.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; the most that every glibc takes
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def encoder_precision(amp: str, device: torch.device) -> torch.dtype | None:
+    """What train.amp means on this device. "auto": bf16 on a GPU that has it, else fp16."""
+    if amp != "auto":
+        return PRECISIONS[amp]
+    if device.type != "cuda":
+        return None
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16
+
+
+def leave_ranks() -> None:
+    """Leave together, because torchrun may end the others when one rank ends."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -11,6 +11,7 @@ CPU process a resumed run is the same to the bit.
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import signal
@@ -111,7 +112,7 @@ def main() -> None:  # noqa: C901
     args = parse_arguments()
     init = [f"train.init={json.dumps(args.init)}"] if args.init is not None else []
     model_config, data_config, config = read_config(args.config, [*args.set, *init])
-    rank, world, device = evaluate.join_ranks()
+    rank, world, device = models.join_ranks()
     out = Path(args.out or f"runs/{args.config.rpartition(':')[2]}")
     last = find_run(out, args.resume)  # the content of last.pt, None for a new run
     if config.freeze_encoder and not config.init and not last:
@@ -120,14 +121,15 @@ def main() -> None:  # noqa: C901
         )
 
     # 2. The data. Every rank reads all rows and gets its share of every step, in micro-batches.
-    rows = data.read_training_rows(data_config)
+    grec = model_config.queries > 1
+    rows = data.without_evaluated(data_config, data.read_rows(data_config, "train"))
+    examples = data.all_examples(rows)
+    evaluate.check_targets("train", examples, grec)
     splits = {}
     for split in data_config.eval_splits:
         splits[split] = data.all_examples(data.read_rows(data_config, split))
-    grec = model_config.queries > 1
-    for split, some in {"train": data.all_examples(rows), **splits}.items():
-        evaluate.check_targets(split, some, grec)
-    examples = data.all_examples([*rows, *splits.values()])
+        evaluate.check_targets(split, splits[split], grec)
+        examples += splits[split]
     if rank == 0:
         data.check_images(examples)
     tokenizer = data.Tokenizer(data_config.tokenizer)
@@ -145,7 +147,7 @@ def main() -> None:  # noqa: C901
     per_epoch = math.ceil(len(rows) / config.batch_size)  # steps
     total = config.epochs * per_epoch
 
-    # 3. The model: from scratch, from --init or from the last checkpoint.
+    # 3. The model: from random weights, from train.init or from the last checkpoint.
     torch.manual_seed(config.seed)
     checkpoint = None
     if last:
@@ -178,7 +180,7 @@ def main() -> None:  # noqa: C901
     model.token_branch.requires_grad_(branch != "decoder")
     model.decoder_branch.requires_grad_(config.loss_decoder is not None)
     optimizer = make_optimizer(model, config)
-    amp = evaluate.encoder_precision(config.amp, device)
+    amp = models.encoder_precision(config.amp, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     averaged = copy.deepcopy(model) if config.ema else model  # it is evaluated and kept as best.pt
 
@@ -188,7 +190,7 @@ def main() -> None:  # noqa: C901
         "config": settings,
         "branch": branch,
         "tokenizer": tokenizer.digest,
-        "rows": data.digest(examples),
+        "rows": digest(examples),
     }
     step = 0
     evaluated = 0
@@ -219,7 +221,7 @@ def main() -> None:  # noqa: C901
             "best": best,
         }
         if rank == 0:
-            save(out / "last.pt", state | about)
+            models.save(out / "last.pt", state | about)
 
     # A signal only leaves a mark, which all ranks look at together between two steps or batches.
     signals = []
@@ -228,7 +230,7 @@ def main() -> None:  # noqa: C901
 
     def stop_after_signal(*_: object) -> None:
         if losses.global_sum(torch.tensor(len(signals))):
-            evaluate.leave_ranks()
+            models.leave_ranks()
             data.say(f"stopped after step {step}; the same command with --resume goes on")
             sys.exit(128 + signals[0] if signals else 1)
 
@@ -272,17 +274,16 @@ def main() -> None:  # noqa: C901
     stream = iter(
         data.loader(dataset, sampler, collate, data_config.workers, device.type == "cuda")
     )
-    about_run = (
-        f"{world} rank(s) on {device.type}, {amp or torch.float32}, micro-batches of {micro}"
-    )
-    data.say(f"{out}: {about_run}")
+    precision = amp or torch.float32
+    data.say(f"{out}: {world} rank(s) on {device.type}, {precision}, micro-batches of {micro}")
     bar = tqdm(total=total, initial=step, desc="steps", disable=rank > 0 or None)
     recent = []  # loss terms and times of the steps since the last row of metrics.jsonl
     saved_at = time.monotonic()
     skipped = 0  # steps in a row
     while True:
         epoch, place = divmod(step, per_epoch)  # epochs done, and steps in the current one
-        if place == 0 and epoch > evaluated and is_evaluated(epoch, config):
+        is_due = epoch >= config.evaluate_from and epoch % config.evaluate_every == 0
+        if place == 0 and epoch > evaluated and (is_due or epoch == config.epochs):
             save_last()
             weights = {"weights": "last", "epoch": epoch, "step": step}
             value, _ = evaluate_split(averaged, data_config.eval_splits[0], weights)
@@ -290,7 +291,7 @@ def main() -> None:  # noqa: C901
                 best = value
                 state = {"model": averaged.state_dict(), "epoch": epoch, "step": step}
                 if rank == 0:
-                    save(out / "best.pt", state | about | {"accuracy": value})
+                    models.save(out / "best.pt", state | about | {"accuracy": value})
             evaluated = epoch
             save_last()
         if step == total:
@@ -320,15 +321,15 @@ def main() -> None:  # noqa: C901
         if terms["grad_norm"].isfinite():
             scaler.step(optimizer)
             skipped = 0
-            seconds = time.monotonic() - began
-            recent.append(terms | {"seconds": seconds, "data_wait": waited})
+            recent.append(terms | {"seconds": time.monotonic() - began, "data_wait": waited})
         else:
             # In fp16 some first steps overflow, until the scaler has halved its factor often
             # enough; in bf16 and float32 it is a fault.
             skipped += 1
             names = [rows[i][0].where for batch in micro_batches for i in batch.index]
-            data.say(f"step {step + 1} skipped, its gradient is not finite; {', '.join(names)}")
-            if skipped == PATIENCE:
+            text = f"step {step + 1} skipped, its gradient is not finite; {', '.join(names)}"
+            tqdm.write(text, file=sys.stderr)  # every rank names its own rows
+            if skipped == min(PATIENCE, total):
                 raise InputError(f"{skipped} steps in a row were not finite: lower train.lr?")
         scaler.update()
         step += 1
@@ -359,7 +360,7 @@ def main() -> None:  # noqa: C901
     for split in splits:
         _, results = evaluate_split(model, split, weights)
     del wrapped  # DDP, which holds the process group
-    evaluate.leave_ranks()
+    models.leave_ranks()
     if rank == 0:
         pairs = zip(splits[split], results, strict=True)
         having = [(example, result) for example, result in pairs if result["truth"]]
@@ -461,12 +462,6 @@ def update_ema(averaged: nn.Module, model: nn.Module, decay: float, step: int) -
         average.lerp_(parameter, 1 - decay)
 
 
-def is_evaluated(epoch: int, config: TrainConfig) -> bool:
-    """After which epochs, counted from 1, the first split is evaluated."""
-    is_due = epoch >= config.evaluate_from and epoch % config.evaluate_every == 0
-    return is_due or epoch == config.epochs
-
-
 def means(recent: Sequence[dict], world: int) -> dict[str, float]:
     """The means of each value over some steps and all ranks.
 
@@ -511,6 +506,14 @@ def find_init(name: str) -> str:
     raise InputError(f"{name}: there is no such file: {source}start from --set train.init=")
 
 
+def digest(examples: Sequence[data.Example]) -> str:
+    """A digest of examples and their order that is the same wherever the images lie."""
+    found = hashlib.sha256()
+    for image, expression, boxes, size, *_ in examples:
+        found.update(repr((Path(image).name, expression, boxes, size)).encode())
+    return found.hexdigest()
+
+
 def check_same(out: Path, last: dict, about: dict) -> None:
     """InputError if a run would go on with other settings, rows or words than before."""
     for section, keys in about["config"].items():
@@ -527,13 +530,14 @@ def check_same(out: Path, last: dict, about: dict) -> None:
 def begin_folder(out: Path, settings: dict, last: dict | None) -> None:
     """Write config.json for a new run; for an old one, cut off the rows behind its last.pt."""
     path = out / "metrics.jsonl"
-    with data.located(f"--out {out}"):
-        out.mkdir(parents=True, exist_ok=True)
-        if not last:
+    if not last:
+        with data.located(f"--out {out}"):
+            out.mkdir(parents=True, exist_ok=True)
             (out / "config.json").write_text(json.dumps(settings, indent=1))
             path.write_text("")
-            return
-        kept = []
+        return
+    kept = []
+    with data.located(path):
         for line in path.read_text().splitlines(keepends=True):
             if line.endswith("\n"):  # the last line may be cut
                 row = json.loads(line)
@@ -548,14 +552,6 @@ def begin_folder(out: Path, settings: dict, last: dict | None) -> None:
 def write_row(out: Path, row: dict) -> None:
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
-
-
-def save(path: Path, state: dict) -> None:
-    """Write a checkpoint. If that fails (a full disk), say so: the old file stays."""
-    try:
-        models.save(path, state)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
-        data.say(f"{path}: cannot be written: {error}")
 
 
 def parse_arguments() -> argparse.Namespace:

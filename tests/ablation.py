@@ -23,7 +23,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise, product
 from multiprocessing import get_context
 from pathlib import Path
@@ -130,7 +130,8 @@ def start(args: argparse.Namespace, out: Path, settings: Sequence[str], *options
     out.mkdir(parents=True, exist_ok=True)
     sys.argv = ["train.py", "--config", args.config, "--out", str(out), "--resume", *options]
     sys.argv += ["--set", *args.set, *settings]
-    with open(out / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+    in_memory = patch.object(data, "read_image", cache(data.read_image))  # a quarter of the time
+    with open(out / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log), in_memory:
         train.main()
 
 

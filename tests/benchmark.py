@@ -31,7 +31,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
-import evaluate
 import model as models
 import train
 
@@ -182,7 +181,7 @@ def main() -> None:
     add("--batch", nargs="+", type=int, default=[1, 8], help="(default: 1 8)")
     add("--rounds", type=int, default=3, help="of which the median is taken (default: 3)")
     args = parser.parse_args()
-    _, _, device = evaluate.join_ranks()  # for the settings of the programs
+    _, _, device = models.join_ranks()  # for the settings of the programs
     avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, AVX-512: {avx512}")
     if device.type == "cuda":

@@ -17,12 +17,11 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-import evaluate
 import losses
 import model as models
 import train
 from conftest import CONFIGS, GPUS, SMALL_RUN, command_line, environment, tiny_model
-from evaluate import PRECISIONS
+from model import PRECISIONS
 
 CUDA = torch.device("cuda", 0)
 new_enough = pytest.mark.skipif(torch.__version__ < (2, 9), reason="cannot fake CUDA tensors")
@@ -69,7 +68,7 @@ def test_auto_runs_the_encoder_in_the_16_bits_that_the_gpu_has(has_bf16, monkeyp
     seen = set()
     with fake_cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: has_bf16)
-        precision = evaluate.encoder_precision("auto", CUDA)
+        precision = models.encoder_precision("auto", CUDA)
         model = fake_model(False)
         expert = model.encoder.layers[0].image
         expert.fc1.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
@@ -134,7 +133,7 @@ def test_outputs_and_losses_are_float32_on_the_gpu_in_every_precision(amp, grec,
 
 def training_step(model, batches, config, optimizer, scaler) -> dict[str, torch.Tensor]:
     """As `train.main` takes it."""
-    precision = evaluate.encoder_precision(config.amp, model.mean.device)
+    precision = models.encoder_precision(config.amp, model.mean.device)
     terms = train.backward(model, batches, config, "both", precision, scaler)
     scaler.unscale_(optimizer)
     terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -194,7 +193,9 @@ def reads(call: Callable[[], object]) -> int:
             usual = getattr(torch.Tensor, name)
             patch.setattr(torch.Tensor, name, lambda t, usual=usual: copies.append(t) or usual(t))
         # the assignment itself is the host's
-        patch.setattr(losses, "assign", lambda cost: (list(range(min(cost.shape))),) * 2)
+        patch.setattr(
+            losses, "assign", lambda cost: (list(range(min(len(cost), len(cost[0])))),) * 2
+        )
         call()
     return len(copies) + sum(event.name == "aten::_local_scalar_dense" for event in seen.events())
 

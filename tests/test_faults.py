@@ -87,7 +87,7 @@ def test_bad_input_is_one_line_and_changes_no_file_of_a_run(case, folder, monkey
         line = '--set data.annotations=bad-{split}.jsonl data.eval_splits=["train"]'
     recipe = ["--config", "configs.json:toys", "--out", "runs/new", "--set", *SMALL_RUN]
     if "ranks" in expected:
-        monkeypatch.setattr("evaluate.join_ranks", lambda: (0, 3, torch.device("cpu")))
+        monkeypatch.setattr("model.join_ranks", lambda: (0, 3, torch.device("cpu")))
     if "steps" not in expected:  # else it is found before the first step is done
         full = torch.OutOfMemoryError("CUDA out of memory")
         monkeypatch.setattr("train.backward", mock.Mock(side_effect=full))

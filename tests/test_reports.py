@@ -104,6 +104,47 @@ def test_a_photo_of_108_megapixels_is_read(tmp_path):
         assert data.read_image(tmp_path / "large.jpg").shape == (3, 9000, 12000)
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "1"])
+def test_grey_transparent_and_palette_pictures_are_read_as_rgb(mode, tmp_path):
+    """torchtune#1975, detecto#29"""
+    picture = Image.new("RGB", (6, 4), "white").convert(mode)
+    name = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    picture.save(name)
+    for image in (data.read_image(name), evaluate.to_tensor(picture)):
+        assert image.shape == (3, 4, 6) and image.float().mean() > 250
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_pictures_with_more_than_8_bits_a_channel_are_refused_before_training(mode, tmp_path):
+    """detectron2#1020: Pillow would make nearly all of such a picture white."""
+    picture = Image.new(mode, (6, 4))
+    picture.save(tmp_path / "a.tif")
+    example = data.Example(str(tmp_path / "a.tif"), "a dog", [])
+    for use in (
+        lambda: data.check_images([example]),
+        lambda: data.read_image(tmp_path / "a.tif"),
+        lambda: evaluate.to_tensor(picture),
+    ):
+        with pytest.raises(data.InputError, match="more than 8 bits a channel"):
+            use()
+
+
+def test_boxes_that_reach_out_of_the_image_are_clipped_and_swapped_sizes_refused(tmp_path):
+    """py-faster-rcnn#774, BlenderProc#106"""
+    Image.new("RGB", (500, 332)).save(tmp_path / "a.jpg")
+    row = {"image": "a.jpg", "expressions": ["a dog"], "boxes": [[26, 51, 613, 308]]}
+    sizes = {"width": 332, "height": 500}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    (tmp_path / "val.jsonl").write_text(json.dumps(row | sizes | {"boxes": []}))
+    config = data.DataConfig(f"{tmp_path}/{{split}}.jsonl", str(tmp_path))
+    rows = data.read_rows(config, "train")
+    data.check_images(rows[0])
+    boxes = data.Dataset(rows, 32)[0, 0].boxes * torch.tensor([500, 332, 500, 332])
+    assert boxes[0].tolist() == pytest.approx([262.5, 191, 473, 280])  # up to the last pixel
+    with pytest.raises(data.InputError, match=r"\(500, 332\) pixels, the row says \(332, 500\)"):
+        data.check_images(data.read_rows(config, "val")[0])
+
+
 def test_a_pickle_of_refer_that_calls_code_is_refused(tmp_path):
     config = write_refs(tmp_path, [])
     (tmp_path / "refs(unc).p").write_bytes(pickle.dumps([print]))

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 import data
-import evaluate
 import model as models
 import train
 from conftest import CONFIGS, SMALL_RUN, call, last, metrics, official_state, program, start
@@ -98,10 +97,10 @@ def test_auto_is_bf16_where_the_gpu_has_it_else_fp16_and_float32_on_a_cpu(monkey
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     for has_it, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_it)  # noqa: B023
-        assert evaluate.encoder_precision("auto", gpu) is expected
-    assert evaluate.encoder_precision("auto", cpu) is None
-    assert evaluate.encoder_precision("none", gpu) is None
-    assert evaluate.encoder_precision("fp16", cpu) is torch.float16
+        assert models.encoder_precision("auto", gpu) is expected
+    assert models.encoder_precision("auto", cpu) is None
+    assert models.encoder_precision("none", gpu) is None
+    assert models.encoder_precision("fp16", cpu) is torch.float16
     assert train.TrainConfig().amp == "auto"
 
 
@@ -143,9 +142,12 @@ def test_of_joined_files_training_leaves_out_the_images_that_any_of_them_evaluat
         ((*names, f"{tmp_path}/{{split}}.jsonl"), [1, 1, 5]),
     ):
         config = data.DataConfig(files, images, eval_splits=("val",))
-        rows = data.read_training_rows(config)
+        rows = data.without_evaluated(config, data.read_rows(config, "train"))
         assert [row[0].expression for row in rows] == [f"dog {number}" for number in kept]
         said = f"{6 - len(kept)} of 6 training rows are left out: their images are evaluated"
         assert said in capsys.readouterr().err
-    single = data.DataConfig(names[0], images)
-    assert len(data.read_training_rows(single)) == 3 and not capsys.readouterr().err
+    for single in (names[0], names[:1]):
+        config = data.DataConfig(single, images)
+        rows = data.read_rows(config, "train")
+        assert data.without_evaluated(config, rows) == rows
+    assert not capsys.readouterr().err
