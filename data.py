@@ -81,7 +81,7 @@ class Example(NamedTuple):
 # the expressions of one object of one image; a training epoch draws one of them
 Row = list[Example]
 Key = tuple[int, int]  # (epoch, number of a row)
-Faults = list["InputError"] | None  # where what is wrong is put; None: the first fault is raised
+Faults = list["InputError"] | None  # a list that gets the faults; None: the first one is raised
 
 
 class Item(NamedTuple):
@@ -102,10 +102,10 @@ class Batch(NamedTuple):
     box_mask: Tensor  # (B, M) bool, True = a real box
     sizes: Tensor  # (B, 2) width and height of the original images
     index: list[int]  # the numbers of the examples' rows in their dataset
-    faults: dict[int, "InputError"] = {}  # the same numbers of examples whose image cannot be read
+    faults: dict[int, "InputError"] = {}  # number of a row -> why its image cannot be read
 
     def to(self, device: torch.device) -> Self:
-        """The same batch with what the model and the loss need on the device."""
+        """The same batch with its first five fields, for model and loss, on the device."""
         tensors = [tensor.to(device, non_blocking=True) for tensor in self[:5]]
         return Batch(*tensors, *self[5:])
 
@@ -362,7 +362,7 @@ def without_evaluated(config: DataConfig, rows: list[Row]) -> list[Row]:
 
 
 def read_rows(config: DataConfig, split: str | None, faults: Faults = None) -> list[Row]:
-    """The rows of one split (None: of all but train), from the files of `config.annotations`:
+    """The rows of a split (None: all but train; of .jsonl, eval_splits) of `config.annotations`:
 
     FOLDER/{split}.jsonl                   our own JSON Lines, see README.md
     FOLDER/instances.json                  SeqTR's and SimVG's, with all splits
@@ -781,11 +781,12 @@ def main() -> None:
     model_config, config, train_config = train.read_config(args.config, args.set)
     tokenizer = Tokenizer(config.tokenizer)
     shown = args.split or "train"
-    asked = [args.split] if args.split else ["train", *config.eval_splits]
+    every = ["train", *config.eval_splits]
+    asked = [args.split] if args.split else every
     rows = {}
     images = {}
     faults = []
-    for split in dict.fromkeys([*asked, "train", *config.eval_splits]):
+    for split in dict.fromkeys([*asked, *every]):
         found = []
         rows[split] = []
         with located(split, found):
@@ -802,8 +803,7 @@ def main() -> None:
     for fault in faults[:20]:
         print(fault)
     if shown == "train" and not faults:
-        without_evaluated(config, rows["train"])  # which says how many rows they are
-
+        without_evaluated(config, rows["train"])  # which says how many rows it leaves out
     # the page shows examples as training or evaluation gets them
     jitter = config.jitter if shown == "train" else None
     dataset = Dataset(rows[shown], model_config.image_size, train_config.seed, jitter)

@@ -43,8 +43,9 @@ THRESHOLD = 0.7  # the box of a gREC query is part of the answer from this score
 BATCH = 64  # expressions that are computed at once
 BRANCHES = ("decoder", "token")
 
-# All about one expression, a line of --answers: image and expression; then `error`, or `truth` if
-# it is known and for each branch {"boxes", "scores", "correct", "iou"}. Boxes are xyxy in pixels.
+# All about one expression, a line of --answers: image, expression; then `error`, or `truth` if it
+# is known, {"boxes", "scores", "correct", "iou"} of each branch and, in REC, their `agreement`.
+# Boxes are xyxy in pixels.
 Result = dict[str, Any]
 
 # ---------------------------------------------------------------------------------------- metrics
@@ -267,7 +268,7 @@ def answer(
         in_pixels = []
         for name, found in answers.items():
             scores, boxes = found[i]
-            boxes = boxes.double() * torch.tensor([width, height, width, height])  # (n, 4)
+            boxes = boxes.double() * batch.sizes[i].repeat(2)  # (n, 4)
             in_pixels.append(boxes)
             result[name] = judge(scores, boxes, truth, grec)
         if len(in_pixels) == 2 and not grec:

@@ -4,8 +4,8 @@
           + token_on_teacher * W_dt * L_det(token, decoder's boxes)                    Eq. 7
           + token_on_truth * (1 - W_dt) * L_det(token, targets)
 
-Without a teacher W_dt is 0. The paper prints the last two factors the other way round; the released
-configs have these (D1).
+Without the second term W_dt is 0. The three factors are 1, 1 and 2, as in the released configs of
+the base model; the paper prints 1, 2 and 1 (D1).
 
 Why W_dt: at first the decoder's boxes are poor, so the student learns from the truth. W_dt is how
 good they are, IoU with the truth times score, and moves the weight from the truth to the teacher as
@@ -196,8 +196,8 @@ def simvg_loss(
             output.decoder_logits[-1:], output.decoder_boxes[-1:], targets, matched[-1:]
         )
         terms["teacher_weight"] = w_dt
-        # For the student, the boxes of the last decoder layer's queries that have a target are the
-        # truth. It is matched to them anew: query j of one is not tied to query j of the other.
+        # The student's truth: the last decoder layer's boxes, where a query has a target. As in the
+        # official code it is matched to them anew, though query j of both starts from one vector.
         boxes = output.decoder_boxes[-1].detach()  # (B, Q, 4)
         is_taught = matched[-1] >= 0  # (B, Q)
         matched_to_teacher = match(*student, boxes, is_taught)  # (1, B, Q)

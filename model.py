@@ -274,8 +274,8 @@ class SimVG(nn.Module):
         self.tqg = query_class(config)
         self.decoder_branch = DecoderBranch(config)
         self.token_branch = TokenBranch(config)
-        # As in the official code, only the decoder's matrices; queries and heads keep PyTorch's
-        # initial weights. (Perhaps this was not meant so; kept, so that trainings can be compared.)
+        # Xavier for the decoder's matrices only, as in the official code; queries and heads keep
+        # PyTorch's. (Perhaps this was not meant so; kept, so that trainings can be compared.)
         for weight in self.decoder_branch.layers.parameters():
             if weight.dim() > 1:
                 nn.init.xavier_uniform_(weight)
@@ -293,8 +293,8 @@ class SimVG(nn.Module):
         """images (B, 3, S, S) uint8, or float and then taken as normalised; tokens (B, L) int64;
         text_pad (B, L) bool, True = padding; branch "both", "decoder" or "token".
 
-        `amp` runs the encoder in this precision. The rest stays in float32, because a box in bf16
-        is off by up to 2 pixels.
+        `amp` runs the encoder in this precision. The rest stays in float32 (TF32 on a GPU), because
+        a box in bf16 is off by up to 2 pixels.
         """
         if images.dtype == torch.uint8:
             images = (images - self.mean) / self.std

@@ -48,7 +48,7 @@ class TrainConfig:
     # the weights to start from: BEiT-3's, or a checkpoint of this project or of the official code;
     # "": random numbers
     init: str = "pretrain_weights/beit3_base_patch16_224.pth"
-    epochs: int = 30  # passes over the rows of the training split; one takes an expression of each
+    epochs: int = 30  # passes over the training rows; each takes one expression of every row
     batch_size: int = 32  # examples of an optimiser step, of all ranks together
     # A rank computes at most so many examples at once. If its share of the batch is larger, the
     # gradients of several micro-batches are added up. (W_dt is one number for each of them.)
@@ -61,7 +61,7 @@ class TrainConfig:
     amsgrad: bool = True
     weight_decay: float = 0.0
     clip_norm: float = 0.15  # a gradient with a larger L2 norm, over all weights, is scaled to this
-    warmup_epochs: int = 3  # in epochs 1, 2 and 3 of 3 the rates are times 1/4, 2/4 and 3/4
+    warmup_epochs: int = 3  # with 3, the rates are times 1/4, 2/4 and 3/4 in epochs 1, 2 and 3
     # from each of these epochs on, the rates are times decay_factor; null: they fall linearly to 0
     decay_epochs: tuple[int, ...] | None = (25,)
     decay_factor: float = 0.1
@@ -71,8 +71,8 @@ class TrainConfig:
     loss_token_on_truth: float | None = 2.0
     loss_token_on_teacher: float | None = 1.0
     no_object_weight: float = 0.1  # weight of the class "no object" in the cross entropy
-    # precision of the encoder; none: float32; auto: bf16 where the GPU has it, fp16 on an older
-    # GPU, float32 on a CPU
+    # precision of the encoder; none: float32 (TF32 on a GPU); auto: bf16 where the GPU has it, fp16
+    # on an older GPU, float32 on a CPU
     amp: Literal["auto", "none", "bf16", "fp16"] = "auto"
     checkpointing: bool = False  # save memory: recompute each encoder layer in the backward pass
     compile: bool = False  # compile the encoder's layers with torch.compile
@@ -95,7 +95,7 @@ def read_config(spec: str, overrides: Sequence[str]) -> list:
 
 
 def trained_branch(config: TrainConfig) -> str:
-    """The branch that the loss factors train: "decoder", "token" or "both"."""
+    """What runs in training and evaluation by the loss factors: "decoder", "token" or "both"."""
     decoder = config.loss_decoder is not None
     token = config.loss_token_on_truth is not None
     if config.loss_token_on_teacher is not None or decoder and token:
@@ -156,9 +156,8 @@ def main() -> None:  # noqa: C901
         init_file = find_init(config.init)
         with data.located(init_file):
             checkpoint = models.read(init_file)
-        if checkpoint.config and checkpoint.config.as_released != model_config.as_released:
+        if checkpoint.config:
             model_config = replace(model_config, as_released=checkpoint.config.as_released)
-            data.say(f"{init_file}: model.as_released={model_config.as_released} from now on")
     else:
         data.say('train.init="": training starts from random weights')
     model = models.SimVG(model_config)
@@ -184,13 +183,13 @@ def main() -> None:  # noqa: C901
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     averaged = copy.deepcopy(model) if config.ema else model  # it is evaluated and kept as best.pt
 
-    # 4. Where the run stands: steps done, epochs evaluated, the best accuracy.
+    # 4. Where the run stands: steps done, the last epoch that was evaluated, the best accuracy.
     settings = {"model": asdict(model_config), "data": asdict(data_config), "train": asdict(config)}
     about = {
         "config": settings,
         "branch": branch,
         "tokenizer": tokenizer.digest,
-        "rows": digest(examples),
+        "rows": digest([*rows, *splits.values()]),
     }
     step = 0
     evaluated = 0
@@ -239,7 +238,7 @@ def main() -> None:  # noqa: C901
     def evaluate_split(
         net: models.SimVG, split: str, weights: dict
     ) -> tuple[float, list[evaluate.Result]]:
-        """The mean accuracy of the trained branches, and all results; `weights` says whose."""
+        """Mean accuracy of the trained branches, and all results; `weights` goes into the row."""
         results = evaluate.evaluate_examples(
             net,
             splits[split],
@@ -363,9 +362,10 @@ def main() -> None:  # noqa: C901
     models.leave_ranks()
     if rank == 0:
         pairs = zip(splits[split], results, strict=True)
-        having = [(example, result) for example, result in pairs if result["truth"]]
-        pictures = [evaluate.draw_result(example, result) for example, result in having[:16]]
-        data.tile(pictures, out / "samples.png")
+        with_box = [pair for pair in pairs if pair[1]["truth"]]
+        pictures = [evaluate.draw_result(*pair) for pair in with_box[:16]]
+        if pictures:
+            data.tile(pictures, out / "samples.png")
         print(f"weights: {out}/best.pt   pictures: {out}/samples.png")
 
 
@@ -506,11 +506,12 @@ def find_init(name: str) -> str:
     raise InputError(f"{name}: there is no such file: {source}start from --set train.init=")
 
 
-def digest(examples: Sequence[data.Example]) -> str:
-    """A digest of examples and their order that is the same wherever the images lie."""
+def digest(rows: Sequence[data.Row]) -> str:
+    """A digest of rows and their order that is the same wherever the images lie."""
     found = hashlib.sha256()
-    for image, expression, boxes, size, *_ in examples:
-        found.update(repr((Path(image).name, expression, boxes, size)).encode())
+    for row in rows:
+        known = [(Path(image).name, *about[:3]) for image, *about in row]
+        found.update(repr(known).encode())
     return found.hexdigest()
 
 
@@ -518,7 +519,7 @@ def check_same(out: Path, last: dict, about: dict) -> None:
     """InputError if a run would go on with other settings, rows or words than before."""
     for section, keys in about["config"].items():
         for key, value in keys.items():
-            was = last["config"][section][key]
+            was = last["config"][section].get(key, value)  # a newer key has no old value
             if value != was and key not in MAY_CHANGE:
                 way = f"start another run from it: --init {out}/best.pt and another --out"
                 raise InputError(f"--resume: the run has {section}.{key}={was}; {way}")
@@ -561,7 +562,7 @@ def parse_arguments() -> argparse.Namespace:
     data.add_config(parser)
     parser.add_argument("--out", help="the run's folder (default: runs/RECIPE)")
     parser.add_argument("--init", help="the same as train.init: the weights to start from")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument("--resume", action="store_true", help="go on with the run and its weights")
     return parser.parse_args()
 
 

@@ -356,8 +356,7 @@ def test_a_run_from_released_weights_computes_as_released_to_its_end(few, tmp_pa
     model, init = tiny_model(as_released=True), tmp_path / "released.pt"
     config = {"model": vars(model.config), "data": {"max_tokens": 10}}
     models.save(init, {"model": model.state_dict(), "branch": "both", "config": config})
-    done = stopped(few, "released", "--init", f"{init}")
-    assert "released.pt: model.as_released=True from now on" in done.err
+    stopped(few, "released", "--init", f"{init}")
     init.unlink()  # --resume neither needs nor reads it
     short(few, "released", "--resume")
     assert models.load(few / "runs/released/best.pt").config.as_released
