@@ -19,6 +19,11 @@ from conftest import SMALL_RUN, call, command_line, environment, last, start
 ROW = {"image": "train_00000.jpg", "expressions": ["the cross"], "boxes": [[1, 1, 30, 30]]}
 CASES = """
 --config configs.json:toyss | there is no recipe 'toyss'; did you mean 'toys'?
+--config nowhere.json:toys | nowhere.json: No such file or directory
+--config toys | --config toys: expected FILE:NAME
+--config cut.pt:toys | cut.pt: 'utf-8' codec can't decode
+--set train.epochs=0 | train.epochs must be at least 1
+--set train.micro_batch=0 | train.micro_batch must be at least 1
 --set train.epoch=1 | unknown key train.epoch; did you mean 'epochs'?
 --set train.epochs=many | train.epochs must be int, not 'many'
 --set train.evaluate_every=0 | train.evaluate_every must be at least 1
