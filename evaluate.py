@@ -387,12 +387,12 @@ def draw_result(example: data.Example, result: Result, side: int = 280) -> Image
     return data.draw(image, boxes, caption, side)
 
 
-STYLE = "<style>figure { display: inline-block; width: 280px; vertical-align: top }</style>"
+STYLE = "<style>figure { display: inline-block; margin: 4px; width: 280px; vertical-align: top }"
 
 
 def report(path: str, splits: dict[str, tuple], grec: bool, most: int = 300) -> None:
     """A page of {split: (examples, results, table)}: each table, and the answers of lowest IoU."""
-    parts = [f"<!doctype html><meta charset='utf-8'><title>{escape(path)}</title>{STYLE}"]
+    parts = [f"<!doctype html><meta charset='utf-8'><title>{escape(path)}</title>{STYLE}</style>"]
     for examples, results, printed in splits.values():
         parts.append(f"<pre>{escape(printed)}</pre>")
         branches = branches_of(results)
