@@ -304,14 +304,13 @@ class SimVG(nn.Module):
                 images, tokens, text_pad, object_only=branch == "token"
             )
         queries = self.tqg(text.float(), text_pad)  # (B, Q, C)
-        output = Output()
+        decoder = (None, None)  # logits, boxes
+        token = (None, None)
         if branch != "token":
-            logits, boxes = self.decoder_branch(image.float(), queries)
-            output = output._replace(decoder_logits=logits, decoder_boxes=boxes)
+            decoder = self.decoder_branch(image.float(), queries)
         if branch != "decoder":
-            logits, boxes = self.token_branch(object_token.float(), queries)
-            output = output._replace(token_logits=logits, token_boxes=boxes)
-        return output
+            token = self.token_branch(object_token.float(), queries)
+        return Output(*decoder, *token)
 
 
 # ------------------------------------------------------------------------------- checkpoint files

@@ -25,6 +25,7 @@ def test_an_exported_model_takes_any_batch_size(branch):
         torch.testing.assert_close(found, net(*inputs, branch), atol=1e-5, rtol=0)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="its exporter cannot give None back")
 def test_the_token_branch_runs_in_onnx_with_any_batch_size(tmp_path):
     pytest.importorskip("onnxscript")
     reference = pytest.importorskip("onnx.reference")
