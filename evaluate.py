@@ -419,7 +419,7 @@ def main() -> None:
     data.check_output(args.report, ".html")
     data.check_output(args.save, ".png")
     # rank 0 may have begun the file when another rank comes here
-    if args.answers and data.IS_FIRST_RANK and Path(args.answers).exists():
+    if args.answers and rank == 0 and Path(args.answers).exists():
         raise InputError(f"--answers {args.answers}: there is such a file already")
     with data.located(args.ckpt):
         checkpoint = models.read(args.ckpt)
