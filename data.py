@@ -824,7 +824,7 @@ def print_counts(split: str, rows: Sequence[Row], tokenizer: Tokenizer, max_toke
     examples = all_examples(rows)
     targets = Counter(min(len(example.boxes), 2) for example in examples)
     cut = [each for each in examples if tokenizer.is_cut(each.expression, max_tokens)]
-    unknown = [each for each in examples if tokenizer.unknown_words(each.expression)]
+    unknown = [each for each in examples if 0 in tokenizer.pieces(each.expression)]
     counts = {
         "rows": len(rows),
         "images": len({example.image for example in examples}),

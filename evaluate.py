@@ -387,12 +387,13 @@ def draw_result(example: data.Example, result: Result, side: int = 280) -> Image
     return data.draw(image, boxes, caption, side)
 
 
-STYLE = "<style>figure { display: inline-block; margin: 4px; width: 280px; vertical-align: top }"
+STYLE = "figure { display: inline-block; margin: 4px; width: 280px; vertical-align: top }"
 
 
 def report(path: str, splits: dict[str, tuple], grec: bool, most: int = 300) -> None:
     """A page of {split: (examples, results, table)}: each table, and the answers of lowest IoU."""
-    parts = [f"<!doctype html><meta charset='utf-8'><title>{escape(path)}</title>{STYLE}</style>"]
+    head = f"<!doctype html><meta charset='utf-8'><title>{escape(path)}</title>"
+    parts = [head, f"<style>{STYLE}</style>"]
     for examples, results, printed in splits.values():
         parts.append(f"<pre>{escape(printed)}</pre>")
         branches = branches_of(results)
@@ -434,7 +435,7 @@ def main() -> None:
 
     state = checkpoint.state
     kind = "last" if "optimizer" in state else "best"
-    weights = {"weights": kind, "epoch": state.get("epoch", 0), "step": state.get("step", 0)}
+    about_weights = {"weights": kind, "epoch": state.get("epoch", 0), "step": state.get("step", 0)}
     collate = data.Collate(tokenizer, config.max_tokens)
     grec = model.config.queries > 1
     of_splits = {}
@@ -451,7 +452,7 @@ def main() -> None:
             precision,
             config.workers,
             args.threshold,
-            split,
+            split or "answers",
             partial(write_answers, args.answers, split),
             keep_errors=not split,
         )
@@ -459,7 +460,7 @@ def main() -> None:
             printed = table(split, results, examples, grec)
             of_splits[split] = (examples, results, printed)
             print(printed)
-            print(json.dumps({"split": split} | weights | summary(results, grec)))
+            print(json.dumps({"split": split} | about_weights | summary(results, grec)))
         elif rank == 0 and args.image:
             show(examples, results, grec, args.save)
     models.leave_ranks()  # what follows is for rank 0 alone and may take long

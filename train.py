@@ -238,9 +238,9 @@ def main() -> None:  # noqa: C901
     metric = "f1" if grec else "acc"
 
     def evaluate_split(
-        net: models.SimVG, split: str, weights: dict
+        net: models.SimVG, split: str, about_weights: dict
     ) -> tuple[float, list[evaluate.Result]]:
-        """Mean accuracy of the trained branches, and all results; `weights` goes into the row."""
+        """Mean accuracy of the trained branches, and all results. A row gets `about_weights`."""
         results = evaluate.evaluate_examples(
             net,
             splits[split],
@@ -253,9 +253,9 @@ def main() -> None:  # noqa: C901
         )
         figures = evaluate.summary(results, grec)
         if rank == 0:
-            title = f"{split} ({weights['weights']})"
+            title = f"{split} ({about_weights['weights']})"
             tqdm.write(evaluate.table(title, results, splits[split], grec))
-            write_row(out, {"split": split} | weights | figures)
+            write_row(out, {"split": split} | about_weights | figures)
         accuracies = [figures[f"{name}_{metric}"] for name in evaluate.branches_of(results)]
         return sum(accuracies) / len(accuracies), results
 
@@ -286,8 +286,8 @@ def main() -> None:  # noqa: C901
         is_due = epoch >= config.evaluate_from and epoch % config.evaluate_every == 0
         if place == 0 and epoch > evaluated and (is_due or epoch == config.epochs):
             save_last()
-            weights = {"weights": "last", "epoch": epoch, "step": step}
-            value, _ = evaluate_split(averaged, data_config.eval_splits[0], weights)
+            about_weights = {"weights": "last", "epoch": epoch, "step": step}
+            value, _ = evaluate_split(averaged, data_config.eval_splits[0], about_weights)
             if value > best:
                 best = value
                 state = {"model": averaged.state_dict(), "epoch": epoch, "step": step}
@@ -357,18 +357,20 @@ def main() -> None:  # noqa: C901
         checkpoint = models.read(out / "best.pt")
         model = models.build(checkpoint, device)
     state = checkpoint.state
-    weights = {"weights": "best", "epoch": state["epoch"], "step": state["step"]}
+    about_weights = {"weights": "best", "epoch": state["epoch"], "step": state["step"]}
     for split in splits:
-        _, results = evaluate_split(model, split, weights)
+        _, results = evaluate_split(model, split, about_weights)
     del wrapped  # DDP, which holds the process group
     models.leave_ranks()
     if rank == 0:
         pairs = zip(splits[split], results, strict=True)
         with_box = [pair for pair in pairs if pair[1]["truth"]]
         pictures = [evaluate.draw_result(*pair) for pair in with_box[:16]]
+        written = f"weights: {out}/best.pt"
         if pictures:
             data.tile(pictures, out / "samples.png")
-        print(f"weights: {out}/best.pt   pictures: {out}/samples.png")
+            written += f"   pictures: {out}/samples.png"
+        print(written)
 
 
 def backward(

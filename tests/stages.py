@@ -1,5 +1,5 @@
-"""What every stage of a tiny model puts out, from pixels and words to boxes: its toys, and its
-number of parameters.
+"""The shapes of what every stage of a tiny model puts out, from pixels and words to boxes, and the
+number of its parameters.
 
 python tests/stages.py
 
