@@ -539,7 +539,7 @@ def check_box(box: Box, size: tuple[int, int] | None) -> Box:
         inside_width = min(x + w, width) - max(x, 0)
         inside_height = min(y + h, height) - max(y, 0)
         if not (w > 0 and h > 0 and max(box) >= 1):
-            raise InputError("it has no area, or its numbers are parts of the image")
+            raise InputError("it has no area, or its numbers are fractions of the image")
         is_inside = inside_width > 0 and inside_height > 0  # also false for a NaN
         if not is_inside or inside_width * inside_height < w * h / 2:
             raise InputError("more than half of it lies outside of the image")
@@ -649,7 +649,7 @@ def fill(kind: type, values: dict, section: str) -> Any:
             raise InputError(f"unknown key {section}.{key}{near(key, types)}")
         if not fits(value, types[key]):
             wanted = types[key].__name__ if isinstance(types[key], type) else types[key]
-            raise InputError(f"{section}.{key} must be {wanted}, not {value!r:.80}")
+            raise InputError(f"{section}.{key} must be {wanted} (JSON, >= 0), not {value!r:.80}")
     tuples = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     with located("config"):
         return kind(**values | tuples)
@@ -666,7 +666,7 @@ def fits(value: Any, kind: Any) -> bool:
     if origin is tuple:
         if not isinstance(value, list | tuple) or parts[-1] is not ... and len(value) != len(parts):
             return False
-        return len(value) > 0 and all(fits(each, parts[0]) for each in value)
+        return bool(value) and all(fits(each, parts[0]) for each in value)
     if origin is dict:
         return isinstance(value, dict) and all(fits(each, parts[1]) for each in value.values())
     if kind is float:

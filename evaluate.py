@@ -90,7 +90,7 @@ def grec_correct(
 def pick_answers(
     logits: Tensor, boxes: Tensor, threshold: float = THRESHOLD
 ) -> list[tuple[Tensor, Tensor]]:
-    """logits (B, Q, 2), boxes (B, Q, 4) cxcywh -> B times scores (n,), boxes (n, 4) xyxy in 0..1.
+    """logits (B, Q, 2), boxes (B, Q, 4) cxcywh -> B pairs: scores (n,), boxes (n, 4) xyxy in 0..1.
 
     In REC the answer is the one box; in gREC, every box whose score reaches the threshold, which
     may be none, the best first.
@@ -173,7 +173,7 @@ def table(
     for result, example in zip(results, examples, strict=True):
         if judged([result], grec):
             number = numbers[min(len(result["truth"]), 2)]
-            for name in ("all", number, f"- {example.kind}"):
+            for name in ("all", number, f"- {example.kind or 'other'}"):
                 groups.setdefault(name, []).append(result)
     total = len(groups["all"])
     branches = branches_of(results)
@@ -336,7 +336,7 @@ def to_tensor(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:
     if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
         wanted = "an array (H, W, 3) uint8 or a tensor (3, H, W) uint8"
         raise InputError(f"expected {wanted}, not {tuple(image.shape)} {image.dtype}")
-    return image
+    return image.cpu()
 
 
 def load(
@@ -397,7 +397,7 @@ def report(path: str, splits: dict[str, tuple], grec: bool, most: int = 300) -> 
     for examples, results, printed in splits.values():
         parts.append(f"<pre>{escape(printed)}</pre>")
         branches = branches_of(results)
-        pairs = [pair for pair in zip(examples, results, strict=True) if judged(pair[1:], grec)]
+        pairs = [pair for pair in zip(examples, results, strict=True) if judged([pair[1]], grec)]
         pairs.sort(key=lambda pair: sum(pair[1][branch]["iou"] for branch in branches))
         for example, result in tqdm(pairs[:most], "pictures", disable=None, leave=False):
             file = io.BytesIO()

@@ -61,8 +61,8 @@ class TrainConfig:
     amsgrad: bool = True
     weight_decay: float = 0.0
     clip_norm: float = 0.15  # a gradient with a larger L2 norm, over all weights, is scaled to this
-    warmup_epochs: int = 3  # with 3, the rates are times 1/4, 2/4 and 3/4 in epochs 1, 2 and 3
-    # from each of these epochs on, the rates are times decay_factor; null: they fall linearly to 0
+    warmup_epochs: int = 3  # with 3, epochs 1, 2 and 3 have 1/4, 2/4 and 3/4 of the rates
+    # each of these epochs multiplies the rates by decay_factor; null: they fall linearly to 0
     decay_epochs: tuple[int, ...] | None = (25,)
     decay_factor: float = 0.1
     ema: bool = False  # evaluate and keep averaged weights
@@ -137,10 +137,10 @@ def main() -> None:  # noqa: C901
     tokenizer = data.Tokenizer(data_config.tokenizer)
     collate = data.Collate(tokenizer, data_config.max_tokens)
     if config.batch_size % world:
-        fits = math.ceil(config.batch_size / world) * world
+        fits = config.batch_size + world - config.batch_size % world
         raise InputError(
             f"train.batch_size={config.batch_size} (of all ranks) misfits {world} ranks; "
-            f"--set train.batch_size={fits} fits, and a step learns from as many examples"
+            f"--set train.batch_size={fits} fits"
         )
     share = config.batch_size // world
     micro = min(config.micro_batch, share)
@@ -507,16 +507,16 @@ def find_init(name: str) -> str:
         source = f"download it from {BEIT3}{path.name}, or "
     elif path.name == "best.pt":
         source = f"train the recipe {path.parent.name} first, or "
-    raise InputError(f"{name}: there is no such file: {source}start from --set train.init=")
+    raise InputError(f"{name}: there is no such file: {source}start at random: --set train.init=")
 
 
 def digest(rows: Sequence[data.Row]) -> str:
     """A digest of rows and their order that is the same wherever the images lie."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for row in rows:
-        known = [(Path(image).name, *about[:3]) for image, *about in row]
-        found.update(repr(known).encode())
-    return found.hexdigest()
+        known = [(Path(each.image).name, each.expression, each.boxes, each.size) for each in row]
+        sha.update(repr(known).encode())
+    return sha.hexdigest()
 
 
 def check_same(out: Path, last: dict, about: dict) -> None:

@@ -4,13 +4,14 @@
     python tests/ablation.py --config configs.json:toys-grec --variants DWBD fixed-weight-of-half
 
 A run is a recipe with other factors of the loss, or with a piece of the code replaced. All have the
-same number of steps: two stages take half of the epochs each, the second without warm-up, so that
-the rates of the recipe should fall linearly (train.decay_epochs=null). --noise gives a share of the
-training rows a wrong box, others for each seed; the rows that are evaluated stay right.
+same number of steps: two stages share the epochs, the second without warm-up, so that the rates
+of the recipe should fall linearly (train.decay_epochs=null). --noise gives a share of the training
+rows a wrong box, in other rows for each seed; the rows that are evaluated stay right.
+
 runs/ablation-NAME/ gets the runs, table.md (means and standard deviations over the seeds, percent)
-and seeds.md: the accuracies of the best weights on the last of data.eval_splits, and by how much
-that of the first rose in the last epoch. The runs share the cores, a thread each. Started again,
-it goes on with what has not ended; other settings or code need another --out.
+and seeds.md. Both give the accuracies of the best weights on the last of data.eval_splits, and how
+much the accuracy on the first rose in the last epoch ("rise"). The runs share the cores, a thread
+each. Started again, it goes on with what has not ended; other settings or code need another --out.
 """
 
 import argparse

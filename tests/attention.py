@@ -1,6 +1,6 @@
 """Draw where a model looks: its object token, its decoder's best query, and each word.
 
-python tests/attention.py runs/toys/best.pt data/toys/images/test_00004.jpg "the red circle"
+python tests/attention.py runs/toys/best.pt data/toys/images/test_00004.jpg "the red ball"
 
 A picture shows the attention of one token to the patches in the last layer of encoder or decoder,
 as the mean over the heads; the percentage is its sum. (The rest falls on object token and text.)

@@ -25,7 +25,7 @@ CASES = """
 --set train.epochs=0 | train.epochs must be at least 1
 --set train.micro_batch=0 | train.micro_batch must be at least 1
 --set train.epoch=1 | unknown key train.epoch; did you mean 'epochs'?
---set train.epochs=many | train.epochs must be int, not 'many'
+--set train.epochs=many | train.epochs must be int (JSON, >= 0), not 'many'
 --set train.evaluate_every=0 | train.evaluate_every must be at least 1
 --set train.freeze_encoder=true | name its weights in train.init
 --set data.annotations=no-{split}.jsonl | no-train.jsonl: there is no such file (data.annotations)
@@ -38,8 +38,8 @@ row {"image": "../toys.spm"} | bad-train.jsonl:2: cannot read the image
 row {"width": 40, "height": 48} | it has (48, 48) pixels, the row says (40, 48)
 --set data.tokenizer=nowhere.spm | nowhere.spm: is no sentencepiece model (data.tokenizer)
 --set data.tokenizer=GREC/toys.spm --init runs/kept/best.pt | is not the tokenizer
---init nowhere.pt | nowhere.pt: there is no such file: start from --set train.init=
---set train.init=runs/gone/best.pt | train the recipe gone first, or start from --set train.init=
+--init nowhere.pt | nowhere.pt: there is no such file: start at random: --set train.init=
+--set train.init=runs/gone/best.pt | train the recipe gone first, or start at random
 --init other.pt | other.pt: it holds neither SimVG nor BEiT-3 weights
 --init cut.pt | cut.pt: is cut, damaged or no checkpoint
 --init files.zip | files.zip: is a zip of other files (a.txt); unpack it

@@ -71,7 +71,7 @@ def test_without_the_file_rank_0_says_one_line_and_random_weights_must_be_asked_
     said = [text for text in done.err.splitlines() if text.startswith("train.py: ")]
     assert done.status == 1 and len(said) == 1
     assert "beit3_base_patch16_224.pth: there is no such file: download it from https" in said[0]
-    assert said[0].endswith("start from --set train.init=")
+    assert said[0].endswith("start at random: --set train.init=")
     done = call("train.py", *line, "train.init=", cwd=tmp_path)
     assert done.status == 0 and 'train.init="": training starts from random weights' in done.err
 

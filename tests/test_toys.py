@@ -1,4 +1,4 @@
-"""The embedded set: the same on every machine, test scenes of their own, unambiguous phrases."""
+"""The built-in set: the same on every machine, test scenes of their own, unambiguous phrases."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Draw the embedded set into data/: scenes of coloured toys, phrases about them and a tokenizer.
+"""Draw the built-in set into data/: scenes of coloured toys, phrases about them and a tokenizer.
 
 python tests/toys.py toys          one target per phrase (REC)
 python tests/toys.py toys-grec     none, one or several (gREC)
@@ -259,4 +259,6 @@ def phrases(scene: list[Toy], groups: dict[str, list[int]], kind: str) -> list[P
 
 if __name__ == "__main__":
     name = sys.argv[1] if len(sys.argv) > 1 else "toys"
+    if name not in SCENE_SETS:
+        sys.exit(f"{name}: expected one of {', '.join(SCENE_SETS)}")
     make(Path("data") / name, name, *map(int, sys.argv[2:]))
