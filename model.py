@@ -337,7 +337,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", **changes) -> Sim
 def build(checkpoint: Checkpoint, device: str | torch.device = "cpu", **changes) -> SimVG:
     """`load` for what `read` gave. The model knows `trained_branch` and `max_tokens`."""
     if checkpoint.config is None:
-        raise ValueError("it holds no weights of a whole SimVG model")
+        raise ValueError("it holds no SimVG weights")
     model = SimVG(replace(checkpoint.config, **changes))
     initialise(model, checkpoint)
     if checkpoint.state:  # an official file says neither
