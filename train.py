@@ -70,8 +70,8 @@ class TrainConfig:
     loss_decoder: float | None = 1.0  # factors of the loss terms (losses.py); null: left out
     loss_token_on_truth: float | None = 2.0
     loss_token_on_teacher: float | None = 1.0
-    # weight of the class "no object" in the cross entropy; nearer to 1 (toys-grec), a score of 0.7
-    # is nearer to that probability
+    # weight of the class "no object" in the cross entropy; the nearer it is to 1, the nearer a
+    # score of 0.7 is to a probability of 0.7
     no_object_weight: float = 0.1
     # precision of the encoder; none: float32 (TF32 on a GPU); auto: bf16 where the GPU has it, fp16
     # on an older GPU, float32 on a CPU

@@ -39,7 +39,7 @@ row {"width": 40, "height": 48} | it has (48, 48) pixels, the row says (40, 48)
 --set data.tokenizer=nowhere.spm | nowhere.spm: is no sentencepiece model (data.tokenizer)
 --set data.tokenizer=GREC/toys.spm --init runs/kept/best.pt | is not the tokenizer
 --init nowhere.pt | nowhere.pt: there is no such file: start at random: --set train.init=
---set train.init=runs/gone/best.pt | train the recipe gone first, or start at random
+--set train.init=runs/x/best.pt | train the recipe x first, or start at random: --set train.init=
 --init other.pt | other.pt: it holds neither SimVG nor BEiT-3 weights
 --init cut.pt | cut.pt: is cut, damaged or no checkpoint
 --init files.zip | files.zip: is a zip of other files (a.txt); unpack it
