@@ -12,6 +12,9 @@ runs/ablation-NAME/ gets the runs, table.md (means and standard deviations over 
 and seeds.md. Both give the accuracies of the best weights on the last of data.eval_splits, and how
 much the accuracy on the first rose in the last epoch ("rise"). The runs share the cores, a thread
 each. Started again, it goes on with what has not ended; other settings or code need another --out.
+
+The weights of DWBD-without-TQG answer rightly in this script alone, which replaces that piece. In
+evaluate.py the text-guided queries, which were never trained, would act again.
 """
 
 import argparse
@@ -188,6 +191,9 @@ def main() -> None:
     add("--out", type=Path, help="the folder of the runs (default: runs/ablation-NAME)")
     args = parser.parse_args()
     args.out = args.out or Path(f"runs/ablation-{args.config.rpartition(':')[2]}")
+    _, _, recipe = train.read_config(args.config, args.set)
+    if "DWBD-in-two-stages" in args.variants and recipe.epochs < 2:
+        parser.error("DWBD-in-two-stages needs at least two epochs")
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes of the runs
     jobs = list(product(args.seeds, args.noise, args.variants))
     with ThreadPoolExecutor(args.jobs) as pool:

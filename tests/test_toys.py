@@ -1,6 +1,7 @@
 """The built-in set: the same on every machine, test scenes of their own, unambiguous phrases."""
 
 import json
+from itertools import product
 
 import pytest
 
@@ -27,6 +28,13 @@ def test_the_tokenizer_comes_last_so_that_half_a_set_cannot_be_trained_on(tmp_pa
     with pytest.raises(ZeroDivisionError):
         toys_set.make(tmp_path / "toys", "toys", 40)
     assert not (tmp_path / "toys" / "toys.spm").exists()
+
+
+def test_the_tokenizer_knows_words_with_a_letter_that_is_rare(tmp_path, monkeypatch):
+    texts = ["".join(letters) for letters in product("lamost", repeat=5)]
+    monkeypatch.setattr(toys_set, "draw_split", lambda *_: [{"expressions": [*texts, "topmost"]}])
+    toys_set.make(tmp_path / "toys", "toys")
+    assert not data.Tokenizer(tmp_path / "toys" / "toys.spm").unknown_words("topmost lamp")
 
 
 @pytest.mark.parametrize("name", toys_set.SCENE_SETS)

@@ -111,6 +111,7 @@ def make(folder: Path, set_name: str, scenes: int = 16000) -> None:
             texts.update(text for row in rows for text in row["expressions"])
     # 160 pieces are enough for every word of the phrases to be one piece.
     options = {"model_type": "bpe", "vocab_size": 160, "hard_vocab_limit": False, "minloglevel": 2}
+    options["character_coverage"] = 1.0  # else rare letters, as the p of "topmost", are unknown
     model = io.BytesIO()
     sentences = iter(sorted(texts))
     sentencepiece.SentencePieceTrainer.train(
