@@ -159,7 +159,7 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         self.path = str(path)
-        with located(f"{path}: is no sentencepiece model (data.tokenizer)"):
+        with located(f"{path}: there is no sentencepiece model (data.tokenizer)"):
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         pieces = self.model.id_to_piece(list(range(self.model.vocab_size())))
         self.vocab_size = len(pieces) + 1  # one id past the last piece
@@ -294,7 +294,8 @@ def check_size(image: Image.Image, size: tuple[int, int] | None) -> tuple[int, i
     if image.mode[0] in "IF":  # to RGB, Pillow would clip their values at 255
         raise InputError("it has more than 8 bits a channel")
     upright = image.size
-    if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # to be turned by 90 degrees
+    # 5 to 8: to be turned by 90 degrees. (The getexif of a PNG itself would decode the picture.)
+    if Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) >= 5:
         upright = (image.height, image.width)
     if size not in (None, upright, image.size):
         raise InputError(f"it has {upright} pixels, the row says {size}")
@@ -421,8 +422,9 @@ def own_rows(
         with located(where, faults):
             row = json.loads(line)
             boxes = row.get("boxes")
-            if not {"image", "expressions"} <= row.keys() or need_boxes and boxes is None:
-                raise InputError('expected "image", "expressions" and "boxes"')
+            has_boxes = isinstance(boxes, list) or not need_boxes
+            if not has_boxes or not {"image", "expressions"} <= row.keys():
+                raise InputError('expected "image", "expressions" and a list "boxes"')
             rows.append(make_row(config, where, row, [boxes] * len(row["expressions"])))
     return rows
 
@@ -510,7 +512,7 @@ def make_row(
         path = os.path.join(folder, image)
     size = None
     if row.get("width") and row.get("height"):
-        size = (row["width"], row["height"])
+        size = (int(row["width"]), int(row["height"]))
     if not isinstance(row["expressions"], list) or not row["expressions"]:
         raise InputError('"expressions" must be a list of one or more texts')
     examples = []
@@ -688,10 +690,7 @@ INK = {"truth": "lime", "decoder": "orange", "token": "deepskyblue"}
 
 
 def draw(image: Tensor, boxes: dict[str, Sequence], caption: str, side: int = 280) -> Image.Image:
-    """image (3, H, W) uint8, {"truth" | "decoder" | "token": xyxy boxes in pixels} -> a picture.
-
-    The picture is `side` pixels wide and has the names and the caption below.
-    """
+    """image (3, H, W) uint8, {"truth" | "decoder" | "token": xyxy boxes in pixels} -> a page."""
     scale = side / max(image.shape[1:])
     height = max(1, round(scale * image.shape[1]))
     width = max(1, round(scale * image.shape[2]))

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import box_area, box_convert, box_iou, generalized_box_iou
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -56,12 +56,8 @@ def rec_correct(boxes_xyxy: Tensor, truth_xyxy: Tensor) -> Tensor:
 
     In float64 and without an epsilon, as the official metric; so `losses.iou_giou` cannot be used.
     """
-    a = boxes_xyxy.double()
-    b = truth_xyxy.double()
-    sides = torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])  # (N, 2)
-    overlap = sides.clamp(min=0).prod(1)  # (N,)
-    union = box_area(a) + box_area(b) - overlap
-    return overlap / union.clamp(min=1e-6) >= MIN_IOU
+    iou = box_iou(boxes_xyxy.double(), truth_xyxy.double())  # (N, N); NaN for two empty boxes
+    return iou.diagonal() >= MIN_IOU
 
 
 def grec_correct(
@@ -69,8 +65,7 @@ def grec_correct(
 ) -> bool:
     """Whether F1 = 1: boxes (Q, 4) whose scores (Q,) reach the threshold are the true ones (n, 4).
 
-    The two pair greedily, best first, from a *generalised* IoU of 0.5 on, as in gRefCOCO's
-    evaluator.
+    They pair greedily, best first, from a *generalised* IoU of 0.5 on, as gRefCOCO's own code does.
     """
     # in float64, because 0.7 is 0.69999999 in float32, and such a score would pass
     answers = boxes_xyxy[scores.double() >= threshold]
@@ -290,14 +285,14 @@ def ground(
     """(boxes (n, 4) xyxy in pixels, scores (n,)), the best first, for each phrase about an image.
 
     The image is a path, a PIL image, an RGB array (H, W, 3) uint8 or a tensor (3, H, W) uint8;
-    boxes are in pixels of what was given (a file is turned as its EXIF says). The default branch is
-    the token branch where it was trained. InputError: a branch that was not, or another kind of
-    image.
+    boxes are in pixels of what was given. A file is turned as its EXIF says, a PIL image is not
+    (`ImageOps.exif_transpose` does it). The default branch is the token branch where it was
+    trained. InputError: a branch that was not, or another kind of image.
     """
     trained = model.trained_branch
     branch = branch or ("decoder" if trained == "decoder" else "token")
-    if trained not in ("both", branch):
-        raise InputError(f"branch={branch!r}: only the {trained} branch of this model was trained")
+    if branch not in BRANCHES or trained not in ("both", branch):
+        raise InputError(f"branch={branch!r}: expected one branch; {trained!r} was trained")
     if model.tqg.norm.weight.dtype != torch.float32:
         raise InputError("weights must be float32; amp=torch.float16 runs the encoder in 16 bits")
     if isinstance(texts, str):
@@ -328,15 +323,16 @@ def to_tensor(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:
     """What `ground` takes for an image -> (3, H, W) uint8."""
     if isinstance(image, str | Path):
         return data.read_image(image, where="ground")
-    if isinstance(image, Image.Image):
-        data.check_size(image, None)
-        return pil_to_tensor(image.convert("RGB"))
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)
-    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
-        wanted = "an array (H, W, 3) uint8 or a tensor (3, H, W) uint8"
-        raise InputError(f"expected {wanted}, not {tuple(image.shape)} {image.dtype}")
-    return image.cpu()
+    wanted = "a path, a PIL image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8"
+    with data.located(f"ground: expected {wanted}"):
+        if isinstance(image, Image.Image):
+            data.check_size(image, None)
+            return pil_to_tensor(image.convert("RGB"))
+        if isinstance(image, np.ndarray):
+            image = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)
+        if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
+            raise InputError(f"as a tensor it is {tuple(image.shape)} {image.dtype}")
+        return image.cpu()
 
 
 def load(
@@ -387,18 +383,23 @@ def draw_result(example: data.Example, result: Result, side: int = 280) -> Image
     return data.draw(image, boxes, caption, side)
 
 
+def quality(result: Result) -> float:
+    """For the order of a report: the IoUs of the branches, and 1 more for each that is correct."""
+    return sum(result[name]["iou"] + result[name]["correct"] for name in branches_of([result]))
+
+
 STYLE = "figure { display: inline-block; margin: 4px; width: 280px; vertical-align: top }"
 
 
 def report(path: str, splits: dict[str, tuple], grec: bool, most: int = 300) -> None:
-    """A page of {split: (examples, results, table)}: each table, and the answers of lowest IoU."""
+    """A page of {split: (examples, results, table)}: each table, and the worst answers."""
     head = f"<!doctype html><meta charset='utf-8'><title>{escape(path)}</title>"
     parts = [head, f"<style>{STYLE}</style>"]
     for examples, results, printed in splits.values():
         parts.append(f"<pre>{escape(printed)}</pre>")
         branches = branches_of(results)
         pairs = [pair for pair in zip(examples, results, strict=True) if judged([pair[1]], grec)]
-        pairs.sort(key=lambda pair: sum(pair[1][branch]["iou"] for branch in branches))
+        pairs.sort(key=lambda pair: quality(pair[1]))
         for example, result in tqdm(pairs[:most], "pictures", disable=None, leave=False):
             file = io.BytesIO()
             draw_result(example, result).save(file, "JPEG", quality=80)
@@ -443,7 +444,7 @@ def main() -> None:
     say_unknown_words(tokenizer, questions.values())
     for split, examples in questions.items():
         if split:
-            check_targets(split, examples, grec)
+            check_targets(split, examples, model.config.queries)
         results = evaluate_examples(
             model,
             examples,
@@ -461,7 +462,10 @@ def main() -> None:
             of_splits[split] = (examples, results, printed)
             print(printed)
             print(json.dumps({"split": split} | about_weights | summary(results, grec)))
-        elif rank == 0 and args.image:
+        errors = {result["error"] for result in results if "error" in result}
+        for error in sorted(errors)[:20]:
+            data.say(error)
+        if rank == 0 and args.image:
             show(examples, results, grec, args.save)
     models.leave_ranks()  # what follows is for rank 0 alone and may take long
     if rank == 0 and args.report:
@@ -522,14 +526,14 @@ def say_unknown_words(tokenizer: data.Tokenizer, splits: Iterable[list[data.Exam
         data.say(f"{words[word]}: the tokenizer does not know {word!r}")
 
 
-def check_targets(name: str, examples: Sequence[data.Example], grec: bool) -> None:
-    """Say how many expressions a model with one query cannot answer; InputError if it is all."""
-    none = [example for example in examples if not example.boxes]
-    several = [example for example in examples if example.boxes and example.boxes[1:]]
-    if grec or not none and not several:
+def check_targets(name: str, examples: Sequence[data.Example], queries: int) -> None:
+    """Say how many expressions so many queries cannot answer; InputError if none has a box."""
+    none = [example for example in examples if queries == 1 and not example.boxes]
+    many = [example for example in examples if len(example.boxes or []) > queries]
+    if not none and not many:
         return
-    counts = f"{len(none):,} expressions without a target and {len(several):,} with several"
-    data.say(f"{name}: {counts}: they need a recipe with several queries, such as grefcoco")
+    counts = f"{len(none):,} expressions without a target, {len(many):,} with more than {queries}"
+    data.say(f"{name}: {counts}: they need a recipe with more queries, such as grefcoco")
     if len(none) == len(examples):
         raise InputError(f"{name}: no expression has a box")
 
@@ -547,11 +551,9 @@ def show(
     examples: Sequence[data.Example], results: Sequence[Result], grec: bool, save: str | None
 ) -> None:
     """Print every box, and draw them if `save` names a picture."""
-    errors = set()
     pictures = []
     for example, result in zip(examples, results, strict=True):
         if "error" in result:
-            errors.add(result["error"])  # the same for every phrase
             continue
         for branch in branches_of([result]):
             found = result[branch]
@@ -561,8 +563,6 @@ def show(
             print(f"{about}, boxes {found['boxes']} (x1, y1, x2, y2 in pixels)")
         if save:
             pictures.append(draw_result(example, result, 560))
-    for error in sorted(errors):
-        print(error)
     if pictures:
         data.tile(pictures, save, columns=2)
         print(f"picture: {save}")

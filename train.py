@@ -126,21 +126,19 @@ def main() -> None:  # noqa: C901
     grec = model_config.queries > 1
     rows = data.without_evaluated(data_config, data.read_rows(data_config, "train"))
     examples = data.all_examples(rows)
-    evaluate.check_targets("train", examples, grec)
+    evaluate.check_targets("train", examples, model_config.queries)
     splits = {}
     for split in data_config.eval_splits:
         splits[split] = data.all_examples(data.read_rows(data_config, split))
-        evaluate.check_targets(split, splits[split], grec)
+        evaluate.check_targets(split, splits[split], model_config.queries)
         examples += splits[split]
     if rank == 0:
         data.check_images(examples)
     tokenizer = data.Tokenizer(data_config.tokenizer)
     collate = data.Collate(tokenizer, data_config.max_tokens)
     if config.batch_size % world:
-        fits = config.batch_size + world - config.batch_size % world
         raise InputError(
-            f"train.batch_size={config.batch_size} (of all ranks) misfits {world} ranks; "
-            f"--set train.batch_size={fits} fits"
+            f"train.batch_size={config.batch_size} (of all ranks) is no multiple of {world} ranks"
         )
     share = config.batch_size // world
     micro = min(config.micro_batch, share)
@@ -209,6 +207,7 @@ def main() -> None:  # noqa: C901
             best = last["best"]
     if rank == 0:
         begin_folder(out, settings, last)
+    del last, checkpoint  # a run that goes on would keep these weights in memory twice
 
     def save_last() -> None:
         state = {
@@ -525,7 +524,7 @@ def check_same(out: Path, last: dict, about: dict) -> None:
         for key, value in keys.items():
             was = last["config"][section].get(key, value)  # a newer key has no old value
             if value != was and key not in MAY_CHANGE:
-                way = f"start another run from it: --init {out}/best.pt and another --out"
+                way = f"start another run: --init {out}/best.pt (or last.pt) and another --out"
                 raise InputError(f"--resume: the run has {section}.{key}={was}; {way}")
     for name in ("rows", "tokenizer"):
         if last[name] != about[name]:

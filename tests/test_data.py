@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from sentencepiece import SentencePieceTrainer
 
 import data
@@ -196,7 +196,9 @@ WRONG_ROWS = [
 ]
 WRONG_ROWS += [
     ("{", "Expecting"),
-    ({"image": "a.png", "expressions": ["x"]}, 'expected "image", "expressions" and "boxes"'),
+    ({"image": "a.png", "expressions": ["x"]}, 'expected "image", "expressions" and a list'),
+    ({**SIZED, "boxes": ""}, 'expected "image", "expressions" and a list "boxes"'),
+    ({**SIZED, "width": "wide"}, "int() with base 10: 'wide'"),
     ({**SIZED, "expressions": []}, '"expressions" must be a list'),
     ({**SIZED, "expressions": "the dog"}, '"expressions" must be a list'),
     ({**SIZED, "expressions": ["dog", "?!"]}, "at least one word, not '?!'"),
@@ -224,6 +226,12 @@ def test_the_digest_depends_on_rows_and_their_order_but_not_on_folders():
     different = [[[a, b]], [[a], [b]], [[b], [a]], [[a]]]
     different += [[[a._replace(**change)], [b]] for change in changes]
     assert len(set(map(train.digest, different))) == 8
+
+
+def test_a_picture_is_not_decoded_to_learn_its_size(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 48)).save(tmp_path / "a.png")  # without EXIF, for which Pillow decodes it
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: 1 / 0)
+    data.check_images([data.Example(f"{tmp_path}/a.png", "x", [])])
 
 
 def test_exif_turns_a_picture_unless_its_row_states_the_size_as_stored(tmp_path):

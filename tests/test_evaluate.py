@@ -201,7 +201,7 @@ def test_an_untrained_branch_neither_answers_nor_can_be_asked(known, trained, co
     lefts = {"decoder": 60, "token": 80, None: 60 if known == "decoder" else 80}
     for branch, left in lefts.items():
         if branch and known not in ("both", branch):
-            with pytest.raises(data.InputError, match=f"only the {known} branch"):
+            with pytest.raises(data.InputError, match=f"one branch; '{known}' was trained"):
                 evaluate.ground(*ask, branch)
         else:
             ((box, _),) = evaluate.ground(*ask, branch)
@@ -225,9 +225,12 @@ def test_a_checkpoint_brings_its_tokenizer_and_the_length_of_phrases(toys, train
 
 def test_what_is_no_picture_or_no_list_of_phrases_is_refused(collate):
     array, pixels = np.zeros((8, 8, 3), np.uint8), torch.zeros(3, 8, 8).byte()
-    for image in (array / 2, array.T, array[0], pixels / 2, pixels[None], pixels.movedim(0, 2)):
+    wrong = (array / 2, array.T, array[0], pixels / 2, pixels[None], pixels.movedim(0, 2))
+    for image in (*wrong, None, b"a photo"):
         with pytest.raises(data.InputError, match=r"\(H, W, 3\) uint8 or a tensor \(3, H, W\)"):
             evaluate.ground(tiny_model(), image, ["a ring"], collate.tokenizer)
+    with pytest.raises(data.InputError, match="expected one branch; 'both' was trained"):
+        evaluate.ground(tiny_model(), pixels, ["a ring"], collate.tokenizer, "both")
     with pytest.raises(data.InputError, match="a list of phrases, not 'a ring'"):
         evaluate.ground(tiny_model(), pixels, "a ring", collate.tokenizer)
 
@@ -289,7 +292,8 @@ def test_each_picture_is_answered_or_named_as_unreadable(use, toys, trained, pho
         ask = ["--image", *names, "--text", *PHRASES, "--save", photos / "all.png"]
     done = call("evaluate.py", "--ckpt", ckpt, *ask, "--answers", out, cwd=toys)
     assert done.status == 0 and "score" not in done.out, "it says nothing in REC"
-    assert done.out.count("\n") == (11 if use == "photos" else 0)  # 2 errors, 8 boxes, a picture
+    assert done.out.count("\n") == (9 if use == "photos" else 0)  # 8 boxes, a picture
+    assert done.err.count("cannot read the image") == 2
     asked = [(each["image"], each["expression"]) for each in lines_of(out)]
     assert asked == list(product(names, PHRASES))
     answer = {"boxes": [[80.0, 16.0, 120.0, 64.0]], "scores": [0.9]}

@@ -30,13 +30,13 @@ CASES = """
 --set train.freeze_encoder=true | name its weights in train.init
 --set data.annotations=no-{split}.jsonl | no-train.jsonl: there is no such file (data.annotations)
 --set data.annotations=data/toys/toys.spm | data/toys/toys.spm: 'utf-8' codec can't decode
-row {"boxes": null} | bad-train.jsonl:2: expected "image", "expressions" and "boxes"
+row {"boxes": null} | bad-train.jsonl:2: expected "image", "expressions" and a list "boxes"
 row {"boxes": [[90, 90, 20, 20]]} | bad-train.jsonl:2: box (90, 90, 20, 20), expected
 row {"expressions": ["?!"]} | bad-train.jsonl:2: an expression must be a text
 row {"image": "nowhere.jpg"} | bad-train.jsonl:2: cannot read the image
 row {"image": "../toys.spm"} | bad-train.jsonl:2: cannot read the image
 row {"width": 40, "height": 48} | it has (48, 48) pixels, the row says (40, 48)
---set data.tokenizer=nowhere.spm | nowhere.spm: is no sentencepiece model (data.tokenizer)
+--set data.tokenizer=nowhere.spm | nowhere.spm: there is no sentencepiece model (data.tokenizer)
 --set data.tokenizer=GREC/toys.spm --init runs/kept/best.pt | is not the tokenizer
 --init nowhere.pt | nowhere.pt: there is no such file: start at random: --set train.init=
 --set train.init=runs/x/best.pt | train the recipe x first, or start at random: --set train.init=
@@ -50,12 +50,12 @@ row {"width": 40, "height": 48} | it has (48, 48) pixels, the row says (40, 48)
 --out runs/nan --init nan.pt --set train.batch_size=4 | 20 steps in a row were not finite
 --out nan.pt/run | --out nan.pt/run: Not a directory
 --out runs/kept --init runs/kept/best.pt | runs/kept: holds a run already
---out runs/kept --resume --set train.lr=0.5 | train.lr=0.0005; start another run from it: --init
+--out runs/kept --resume --set train.lr=0.5 | train.lr=0.0005; start another run: --init
 --out runs/kept --resume --set data.annotations=GREC/{split}.jsonl data.images=GREC/images | (rows)
 --out runs/kept --resume --set data.tokenizer=GREC/toys.spm | other data (tokenizer)
 --out runs/headless --resume | runs/headless/last.pt: No such file or directory
 --out runs/other --resume | runs/other/last.pt
---set train.batch_size=16 | train.batch_size=16 (of all ranks) misfits 3 ranks; --set train.batch
+--set train.batch_size=16 | train.batch_size=16 (of all ranks) is no multiple of 3 ranks
 --out runs/memory --set train.micro_batch=4 | out of memory with 4 examples at a time: lower train.
 """
 

@@ -76,7 +76,7 @@ def test_a_model_with_one_query_says_which_expressions_it_cannot_answer(toys, tr
     (toys / "mixed-val.jsonl").write_text("\n".join(lines))
     (toys / "mixed-test.jsonl").write_text(lines[0])
     rows = ("data.annotations=mixed-{split}.jsonl", 'data.eval_splits=["val"]')
-    said = "1 expressions without a target and 1 with several: they need a recipe with several"
+    said = "1 expressions without a target, 1 with more than 1: they need a recipe with more"
     done = start(toys, "mixed", *rows, "train.epochs=1")
     assert f"train: {said}" in done.err and f"val: {said}" in done.err
     assert metrics(toys, "mixed")[-1]["n"] == 2
@@ -87,9 +87,17 @@ def test_a_model_with_one_query_says_which_expressions_it_cannot_answer(toys, tr
     assert done.status == 2 and "test: no expression has a box" in done.err
 
 
+def test_a_model_with_three_queries_says_which_expressions_have_more_targets(capsys):
+    examples = [data.Example("a.jpg", "a dog", [(1, 1, 20, 20)] * n) for n in (0, 1, 3, 4)]
+    evaluate.check_targets("val", examples[:3], 3)
+    assert not capsys.readouterr().err
+    evaluate.check_targets("val", examples, 3)
+    assert "val: 0 expressions without a target, 1 with more than 3:" in capsys.readouterr().err
+
+
 def test_a_finished_run_with_more_epochs_names_the_way(toys, trained):
     done = start(toys, "trained", "--resume", "train.epochs=9", status=2)
-    assert "--init" in done.err and "best.pt and another --out" in done.err
+    assert "--init" in done.err and "best.pt (or last.pt) and another --out" in done.err
 
 
 def test_a_model_in_16_bits_is_refused_with_the_way(toys):
