@@ -422,8 +422,8 @@ def own_rows(
         with located(where, faults):
             row = json.loads(line)
             boxes = row.get("boxes")
-            has_boxes = isinstance(boxes, list) or not need_boxes
-            if not has_boxes or not {"image", "expressions"} <= row.keys():
+            is_list = isinstance(boxes, list)
+            if not {"image", "expressions"} <= row.keys() or need_boxes and not is_list:
                 raise InputError('expected "image", "expressions" and a list "boxes"')
             rows.append(make_row(config, where, row, [boxes] * len(row["expressions"])))
     return rows
@@ -690,7 +690,7 @@ INK = {"truth": "lime", "decoder": "orange", "token": "deepskyblue"}
 
 
 def draw(image: Tensor, boxes: dict[str, Sequence], caption: str, side: int = 280) -> Image.Image:
-    """image (3, H, W) uint8, {"truth" | "decoder" | "token": xyxy boxes in pixels} -> a page."""
+    """image (3, H, W) uint8, {"truth" | "decoder" | "token": xyxy in pixels} -> a picture."""
     scale = side / max(image.shape[1:])
     height = max(1, round(scale * image.shape[1]))
     width = max(1, round(scale * image.shape[2]))

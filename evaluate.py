@@ -292,7 +292,7 @@ def ground(
     trained = model.trained_branch
     branch = branch or ("decoder" if trained == "decoder" else "token")
     if branch not in BRANCHES or trained not in ("both", branch):
-        raise InputError(f"branch={branch!r}: expected one branch; {trained!r} was trained")
+        raise InputError(f"branch={branch!r}: expected decoder or token; trained: {trained}")
     if model.tqg.norm.weight.dtype != torch.float32:
         raise InputError("weights must be float32; amp=torch.float16 runs the encoder in 16 bits")
     if isinstance(texts, str):
@@ -527,7 +527,7 @@ def say_unknown_words(tokenizer: data.Tokenizer, splits: Iterable[list[data.Exam
 
 
 def check_targets(name: str, examples: Sequence[data.Example], queries: int) -> None:
-    """Say how many expressions so many queries cannot answer; InputError if none has a box."""
+    """Say how many expressions need a recipe with more queries; InputError if none has a box."""
     none = [example for example in examples if queries == 1 and not example.boxes]
     many = [example for example in examples if len(example.boxes or []) > queries]
     if not none and not many:

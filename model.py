@@ -237,7 +237,7 @@ class TokenBranch(nn.Module):
     """Eq. 3: Q_token = MLP(OP(T_obj) + queries), where OP is object_proj.
 
     Up to the logits all layers are linear. So the order of the queries by their scores depends on
-    the queries alone, not on the object token: in gREC the queries must hold the text.
+    the queries alone, not on the object token, and only the text in the queries can change it.
     """
 
     def __init__(self, config: ModelConfig):
